@@ -23,7 +23,7 @@ from typing import Any, Final
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 MODELS: Final = ROOT / "bench" / "models"
-DEFAULT: Final = "qwen3-0.6b,llama-3.1-8b,llama-3.1-8b-awq,qwen3-30b-a3b"
+DEFAULT: Final = "qwen3-0.6b,llama-3.1-8b,llama-3.1-8b-awq,qwen3-30b-a3b,qwen3-30b-a3b-awq"
 KERNELS: Final = ("qkv", "attention", "output", "up", "down")
 PAGE: Final = 16
 LAYER_BYTES: Final = 1 << 30
@@ -109,6 +109,24 @@ class Chain:
         values = torch.randn(n, k, device=self._device) * 0.02
         return pack_matrix([quantize(values, 4, 128, whole_zeros=True)])
 
+    def _experts(self, n: int, k: int, halves: int) -> Any:
+        import torch
+        from pagewire_kernels.cuda_quantized import CudaQuantized
+        from pagewire_kernels.kernel_choices import KernelChoices
+        from pagewire_kernels.quantized import quantize
+
+        if self.sizes.bits != 4:
+            return self._values(self.sizes.experts, halves * n, k)
+        ops = CudaQuantized(KernelChoices())
+
+        def matrix() -> Any:
+            values = torch.randn(n, k, device=self._device) * 0.02
+            return ops.pack_expert(quantize(values, 4, 128, whole_zeros=True))
+
+        return ops.stack_experts(
+            [[matrix() for _ in range(halves)] for _ in range(self.sizes.experts)]
+        )
+
     def _layer(self, blocks: int, width: int) -> dict[str, Any]:
         s = self.sizes
         cache = (blocks, s.kv_heads, PAGE, s.dim)
@@ -117,8 +135,8 @@ class Chain:
         layer |= {"output": self._matrix(s.hidden, s.heads * s.dim)}
         if s.experts:
             layer["router"] = self._values(s.experts, s.hidden)
-            layer["up"] = self._values(s.experts, 2 * s.inner, s.hidden)
-            layer["down"] = self._values(s.experts, s.hidden, s.inner)
+            layer["up"] = self._experts(s.inner, s.hidden, 2)
+            layer["down"] = self._experts(s.hidden, s.inner, 1)
         else:
             layer["up"] = self._matrix(2 * s.inner, s.hidden)
             layer["down"] = self._matrix(s.hidden, s.inner)
@@ -153,7 +171,7 @@ class Chain:
         return gemm_row.linear_add(attended, layer["output"], None, x)
 
     def _feed_forward(self, layer: dict[str, Any], x: Any, without: str) -> Any:
-        from pagewire_kernels import gemm_row, moe_row_router, moe_rows
+        from pagewire_kernels import gemm_row, moe_row_int4, moe_row_router, moe_rows
 
         inner = self._inner
         if self._routing is None:
@@ -163,7 +181,9 @@ class Chain:
         normed, ids, shares = moe_row_router.norm_route(
             x, self._ones, EPS, layer["router"], self._routing, None, self._slot
         )
-        if without == "up":
+        if self.sizes.bits == 4 and without not in ("up", "down"):
+            return moe_row_int4.experts_of_row(normed, layer["up"], layer["down"], ids, shares, x)
+        if without == "up" or self.sizes.bits == 4:
             # down reads ids before its wait, which then must not be the router's
             return x
         inner = moe_rows.pair_up(normed, layer["up"], ids)

@@ -19,6 +19,7 @@ from . import (
     gemm_row,
     moe,
     moe_quantized,
+    moe_row_int4,
     moe_row_router,
     moe_rows,
     norm,
@@ -169,6 +170,8 @@ class CudaOps:
         """See backend.FusedOps; the matrices of all experts are full, or quantized."""
         choice = (top_k_ids, top_k_weights)
         if isinstance(gate_up, PackedExperts) and isinstance(down, PackedExperts):
+            if moe_row_int4.takes(x, gate_up, down):
+                return moe_row_int4.experts_of_row(x, gate_up, down, *choice, residual)
             return moe_quantized.experts(x, gate_up, down, *choice, residual=residual)
         assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
         return moe_rows.experts_of_rows(x, gate_up, down, *choice, residual=residual)

@@ -94,7 +94,7 @@ class Int4RowConfig:
 
 
 @triton.jit
-def _words(pointers, chunk, end, CHUNKS: tl.constexpr, EVEN: tl.constexpr):
+def step_words(pointers, chunk, end, CHUNKS: tl.constexpr, EVEN: tl.constexpr):
     """Of a step: [128, CHUNKS, 4]; none lie behind the end."""
     at = pointers + chunk * 512
     if EVEN:
@@ -139,11 +139,11 @@ def _row_int4(x, norm, words, scales, bias, residual, out, part, squares, arrive
     # threads before chunks: so that Triton spreads threads over a warp, and leaves chunks to each
     pointers = words + tl.permute(offsets(strip, K, 64, CHUNKS * 64, "int4"), [1, 0, 2])
     pointers2 = words + tl.permute(offsets(second, K, 64, CHUNKS * 64, "int4"), [1, 0, 2])
-    w = _words(pointers, start, end, CHUNKS, EVEN)
+    w = step_words(pointers, start, end, CHUNKS, EVEN)
     s, t = scales_of(scales, strip, start, end, NP, K, CHUNKS, GROUP, EVEN)
     w2, s2, t2 = w, s, t
     if TWO:
-        w2 = _words(pointers2, start, end, CHUNKS, EVEN)
+        w2 = step_words(pointers2, start, end, CHUNKS, EVEN)
         s2, t2 = scales_of(scales, second, start, end, NP, K, CHUNKS, GROUP, EVEN)
     if PDL:
         gdc_wait()
@@ -173,10 +173,10 @@ def _row_int4(x, norm, words, scales, bias, residual, out, part, squares, arrive
             g = pairs_of(norm_pairs, start, end, CHUNKS)
     for chunk in tl.range(start, end, CHUNKS, num_stages=1):
         following = chunk + CHUNKS
-        next_w = _words(pointers, following, end, CHUNKS, EVEN)
+        next_w = step_words(pointers, following, end, CHUNKS, EVEN)
         next_w2 = next_w
         if TWO:
-            next_w2 = _words(pointers2, following, end, CHUNKS, EVEN)
+            next_w2 = step_words(pointers2, following, end, CHUNKS, EVEN)
         if ASM == "":
             a, b = multiplied_in_float32(
                 w, strip, x, norm, scales, chunk, end, NP, CHUNKS, GROUP, NORM

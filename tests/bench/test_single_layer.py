@@ -20,7 +20,7 @@ def test_each_model_in_small() -> None:
     done = run("--dry-run", "--without", "attention,down")
     assert done.returncode == 0, done.stderr[-2000:]
     found = re.findall(r"^(\S+)( without \w+)?: ok, \|x\| (\S+)$", done.stdout, re.M)
-    assert len(found) == 4 * 3
+    assert len(found) == 5 * 3
     assert all(math.isfinite(float(norm)) and float(norm) > 0 for *_, norm in found)
 
 

@@ -1,11 +1,13 @@
 """Mixtures of experts with quantized matrices, in Triton's interpreter: against the dequantized
 ones, for every form and every path."""
 
+import sys
 from typing import Any
 
 import pytest
 import torch
 from ops.moe_cases import MoeCase, moe_case
+from ops.ptx_numpy import inline_asm
 from ops.triton_cases import error
 from pagewire.worker.models import describe, rotary
 from pagewire.worker.models.decoder import Decoder
@@ -13,15 +15,17 @@ from pagewire.worker.models.layers import Build
 from pagewire.worker.models.linear_method import ExpertsSpec
 from pagewire.worker.models.quantized_weights import QuantizedMethod, StackedExperts
 from pagewire.worker.models.rounding import ROUNDINGS, Rounding, fp8_rows
-from pagewire_kernels import moe_quantized
+from pagewire_kernels import gemm_row_int4, moe_quantized, moe_row_int4
 from pagewire_kernels.backend import backend
 from pagewire_kernels.batch import make_batch
 from pagewire_kernels.cuda_quantized import CudaQuantized
+from pagewire_kernels.gemm_row_int4 import Int4RowConfig
 from pagewire_kernels.kernel_choices import KernelChoices
 from pagewire_kernels.moe_quantized import ExpertsConfig
 from pagewire_kernels.packed_matrix import PackedExperts
 from pagewire_kernels.quantized import Quantized, quantize
 from torch import Tensor
+from triton.runtime import interpreter
 
 EXPERTS, TOP_K, HIDDEN, INNER = 6, 2, 128, 64
 FORMS = {
@@ -92,6 +96,81 @@ def test_every_launch_shape_gives_the_same(config: ExpertsConfig) -> None:
     down, _ = packed(mixture.down, 1, form)
     inputs = (mixture.x, gate_up, down, mixture.top_k_ids, mixture.top_k_weights)
     assert error(moe_quantized.experts(*inputs, config), moe_quantized.experts(*inputs)) < 1e-6
+
+
+FOUR_BITS = {
+    "groups of 128": lambda w: quantize(w, 4, 128, whole_zeros=True),
+    "groups of 64": lambda w: quantize(w, 4, 64, whole_zeros=True),
+    "minima, groups of 32": lambda w: quantize(w, 4),
+}
+ROW_SIZES = ((128, 128, 2), (256, 384, 3), (192, 576, 4))
+"""Hidden size, inner size, experts a token."""
+ROW_SHAPES = (
+    (None, None),
+    (Int4RowConfig(2, 2, 2), Int4RowConfig(1, 2, 1)),
+    (Int4RowConfig(2, 1, 1), Int4RowConfig(1, 4, 2)),
+)
+
+
+def one_row(form: str, size: tuple[int, int, int], dtype: torch.dtype) -> tuple[Any, Tensor]:
+    """The arguments of moe_row_int4.experts_of_row, and what it must give."""
+    hidden, inner, top_k = size
+    mixture = moe_case(1, EXPERTS, top_k, hidden, inner)
+    gate_up, full_gate_up = packed(mixture.gate_up.nan_to_num(0.5), 2, form)
+    down, full_down = packed(mixture.down.nan_to_num(0.5), 1, form)
+    x, residual = mixture.x.to(dtype), torch.randn(1, hidden).to(dtype)
+    ids = mixture.top_k_ids.int().contiguous()
+    weights = mixture.top_k_weights.float().contiguous()
+    exact = MoeCase(x.float(), full_gate_up, full_down, ids, weights).exact()
+    arguments = (x, gate_up, down, ids, weights, residual)
+    return arguments, exact + residual.double()
+
+
+@pytest.mark.parametrize("shapes", ROW_SHAPES)
+@pytest.mark.parametrize("size", ROW_SIZES)
+@pytest.mark.parametrize("form", FOUR_BITS)
+def test_experts_of_one_row(form: str, size: tuple[int, int, int], shapes: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    torch.manual_seed(7)
+    monkeypatch.setattr(sys.modules[__name__], "FORMS", FOUR_BITS)
+    if any(inner % group for inner in size[:2] for group in [int(form.split()[-1])]):
+        pytest.skip("the group does not divide the sizes")
+    arguments, exact = one_row(form, size, torch.float32)
+    assert moe_row_int4.takes(*arguments[:3])
+    out = moe_row_int4.experts_of_row(*arguments, *shapes)
+    assert error(out, exact) < (2e-3 if arguments[1].rest else 1e-5)
+
+
+@pytest.mark.parametrize("shapes", ROW_SHAPES[:2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_experts_of_one_row_by_instructions(
+    dtype: torch.dtype, shapes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(8)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", inline_asm)
+    monkeypatch.setattr(gemm_row_int4, "has_instructions", lambda device: True)
+    monkeypatch.setattr(sys.modules[__name__], "FORMS", FOUR_BITS)
+    arguments, exact = one_row("groups of 128", ROW_SIZES[1], dtype)
+    # inner results are rounded once, and sums
+    assert error(moe_row_int4.experts_of_row(*arguments, *shapes), exact) < (
+        2 * torch.finfo(dtype).eps
+    )
+
+
+def test_places_without_an_expert_add_nothing_to_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "FORMS", FOUR_BITS)
+    (x, gate_up, down, ids, weights, residual), _ = one_row(
+        "groups of 128", ROW_SIZES[0], torch.float32
+    )
+    less = ids.clone()
+    less[0, 1] = -1
+    monkeypatch.setattr(torch, "empty", lambda *size, **kinds: torch.full(size, torch.nan, **kinds))
+    out = moe_row_int4.experts_of_row(x, gate_up, down, less, weights, residual)
+    alone = moe_row_int4.experts_of_row(
+        x, gate_up, down, ids[:, :1].contiguous(), weights[:, :1].contiguous(), residual
+    )
+    assert error(out, alone.double()) < 1e-6
+    none = moe_row_int4.experts_of_row(x, gate_up, down, less * 0 - 1, weights, residual)
+    assert torch.equal(none, residual)
 
 
 def test_no_tokens() -> None:

@@ -1,0 +1,243 @@
+"""One row through experts with codes of 4 bits: gate and up of each chosen expert, and the sum of
+their results with the residual, by the products of gemm_row_int4.py.
+
+The second product is one sum over the inner dimensions of all chosen experts, cut at each of them;
+its programs read the choice and their first words before they wait, as those of moe_rows.py do.
+"""
+
+# pyright: reportAssignmentType=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
+# Launch options and values inside a kernel have types that only Triton's compiler knows.
+
+import functools
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from . import gemm_row_int4
+from .gemm_row_int4 import GROUPS, MULTIPROCESSORS, Int4RowConfig, step_words
+from .packed_matrix import PackedExperts
+from .quantized_decode import INT4, TILE, offsets
+from .row_epilogue import finish
+from .row_int4_products import (
+    TYPES,
+    assembly,
+    in_columns,
+    multiplied,
+    multiplied_in_float32,
+    pairs_of,
+    rows_of,
+    scales_of,
+    sum_of_inputs,
+)
+from .workspace import counters, overlap
+
+RESIDENT: Final = 4
+"""Programs of the second product that a multiprocessor holds."""
+
+
+@triton.jit
+def _experts_row(x, words, scales, factors, top_k_ids, top_k_weights, residual, out, part, arrived, N, NP, span, K: tl.constexpr,
+        CHUNKS: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, SPLITS: tl.constexpr,
+        TOP_K: tl.constexpr, ASM: tl.constexpr, SUM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """64 results of a chosen expert, or its share of 64 sums, over chunks split * span to (split + 1)
+    * span of 64 inputs. GATED: of gate and of up, for one x; else x has a row for each place."""
+    DT: tl.constexpr = x.dtype.element_ty
+    OFFSET: tl.constexpr = 128.0 if tl.bfloat16 == DT else 1024.0
+    HALVES: tl.constexpr = 2 if GATED else 1
+    PARTS: tl.constexpr = SPLITS if GATED else SPLITS * TOP_K
+    strip = tl.program_id(0)
+    split = tl.program_id(1)
+    place = tl.program_id(2)
+    if PDL and GATED:
+        # the kernel before made the choice
+        gdc_wait()
+        gdc_launch_dependents()
+    expert = tl.load(top_k_ids + place)
+    if GATED:  # noqa: SIM102  # known when compiled
+        if expert < 0:
+            return
+    start = split * span
+    # a place without an expert adds nothing
+    end = tl.where(expert < 0, start, tl.minimum(start + span, K // 64))
+    first = tl.maximum(expert, 0).to(tl.int64) * HALVES
+    each = NP.to(tl.int64)
+    lane = tl.arange(0, 128)[:, None] % 32 + tl.zeros([1, CHUNKS], tl.int32)
+    columns = in_columns(lane)
+    order = tl.permute(offsets(strip, K, 64, CHUNKS * 64, "int4"), [1, 0, 2])
+    pointers = words + first * each * (K // 8) + order
+    own_scales = scales + first * each * (K // GROUP)
+    w = step_words(pointers, start, end, CHUNKS, EVEN)
+    s, t = scales_of(own_scales, strip, start, end, NP, K, CHUNKS, GROUP, EVEN)
+    up_pointers, up_scales = pointers, own_scales
+    w2, s2, t2 = w, s, t
+    if GATED:
+        up_pointers = pointers + each * (K // 8)
+        up_scales = own_scales + each * (K // GROUP)
+        w2 = step_words(up_pointers, start, end, CHUNKS, EVEN)
+        s2, t2 = scales_of(up_scales, strip, start, end, NP, K, CHUNKS, GROUP, EVEN)
+    if PDL and not GATED:
+        gdc_wait()
+        gdc_launch_dependents()
+    row = x
+    if not GATED:
+        row = x + place * K
+    upper = tl.zeros([128], tl.float32)
+    lower = tl.zeros([128], tl.float32)
+    upper2 = tl.zeros([128], tl.float32)
+    lower2 = tl.zeros([128], tl.float32)
+    pairs = row.to(tl.pointer_type(tl.int32), bitcast=True)
+    h = lane
+    if ASM != "":
+        h = pairs_of(pairs, start, end, CHUNKS)
+    for chunk in tl.range(start, end, CHUNKS, num_stages=1):
+        following = chunk + CHUNKS
+        next_w = step_words(pointers, following, end, CHUNKS, EVEN)
+        next_w2 = next_w
+        if GATED:
+            next_w2 = step_words(up_pointers, following, end, CHUNKS, EVEN)
+        if ASM == "":
+            a, b = multiplied_in_float32(
+                w, strip, row, row, own_scales, chunk, end, NP, CHUNKS, GROUP, False
+            )
+            c, d = a, b
+            if GATED:
+                c, d = multiplied_in_float32(
+                    w2, strip, row, row, up_scales, chunk, end, NP, CHUNKS, GROUP, False
+                )
+        else:
+            next_s, next_t = scales_of(
+                own_scales, strip, following, end, NP, K, CHUNKS, GROUP, EVEN
+            )
+            next_s2, next_t2 = next_s, next_t
+            if GATED:
+                next_s2, next_t2 = scales_of(
+                    up_scales, strip, following, end, NP, K, CHUNKS, GROUP, EVEN
+                )
+            next_h = pairs_of(pairs, following, end, CHUNKS)
+            inputs = sum_of_inputs(h, lane, SUM)
+            a, b = multiplied(w, h, columns, inputs, s, t, GROUP, OFFSET, ASM)
+            c, d = a, b
+            if GATED:
+                c, d = multiplied(w2, h, columns, inputs, s2, t2, GROUP, OFFSET, ASM)
+            s, t, s2, t2, h = next_s, next_t, next_s2, next_t2, next_h
+        upper += a
+        lower += b
+        upper2 += c
+        lower2 += d
+        w, w2 = next_w, next_w2
+    result = rows_of(upper, lower) * tl.load(factors + first)
+    result2 = result
+    if GATED:
+        result2 = rows_of(upper2, lower2) * tl.load(factors + first + 1)
+    else:
+        result *= tl.load(top_k_weights + place, mask=expert >= 0, other=0.0)
+    n = strip * 64 + tl.arange(0, 64)
+    to = out
+    count = strip
+    if GATED:
+        to = out + place * N
+        count += place * tl.num_programs(0)
+    last = True
+    if PARTS > 1:
+        parts = part
+        number = split
+        if GATED:
+            parts = part + place.to(tl.int64) * (PARTS * HALVES) * each
+        else:
+            number += place * SPLITS
+        tl.store(parts + number * each + n, result)
+        if GATED:
+            tl.store(parts + (PARTS + number) * each + n, result2)
+        tl.debug_barrier()
+        last = tl.atomic_add(arrived + count, 1) == PARTS - 1
+        if last:
+            tl.store(arrived + count, 0)
+            result = tl.zeros([64], tl.float32)
+            result2 = tl.zeros([64], tl.float32)
+            for other in tl.static_range(PARTS):
+                result += tl.load(parts + other * each + n, cache_modifier=".cg")
+                if GATED:
+                    result2 += tl.load(parts + (PARTS + other) * each + n, cache_modifier=".cg")
+    if last:
+        finish(result, result2, 1.0, None, residual, to, n, N, False, GATED, False, not GATED)
+
+
+def takes(x: Tensor, gate_up: PackedExperts, down: PackedExperts) -> bool:
+    """Whether these are the matrices, and x the row, of these products."""
+    return len(x) == 1 and all(
+        experts.form == INT4 and experts.group in GROUPS for experts in (gate_up, down)
+    )
+
+
+@functools.cache
+def pick_up(n: int, k: int, top_k: int, group: int) -> Int4RowConfig:
+    """The launch shape of gate and up of `top_k` experts. Not measured yet."""
+    return gemm_row_int4.pick_config(n * top_k, k, True, False, group)
+
+
+@functools.cache
+def pick_down(n: int, k: int, top_k: int, group: int) -> Int4RowConfig:
+    """The launch shape of the sums of `top_k` experts, whose splits are those of each: as many
+    programs as run at a time. Not measured yet."""
+    chunks = next((c for c in (8, 4, 2) if k // 64 % c == 0), 4)
+    programs = triton.cdiv(n, TILE) * top_k
+    splits = max(1, min(k // 64 // chunks, MULTIPROCESSORS * RESIDENT // programs))
+    return Int4RowConfig(1, chunks, splits, early=True)
+
+
+def experts_of_row(
+    x: Tensor,
+    gate_up: PackedExperts,
+    down: PackedExperts,
+    top_k_ids: Tensor,
+    top_k_weights: Tensor,
+    residual: Tensor,
+    up_config: Int4RowConfig | None = None,
+    down_config: Int4RowConfig | None = None,
+) -> Tensor:
+    """moe_quantized.experts of one row, plus residual [1, H]. Ids are int32 [1, k]; both they and
+    the weights are contiguous, and were written before the kernel before these."""
+    top_k = top_k_ids.shape[1]
+    inner = torch.empty(top_k, gate_up.shape[0], dtype=x.dtype, device=x.device)
+    out = torch.empty_like(residual)
+    up = up_config or pick_up(*gate_up.shape, top_k, gate_up.group)
+    _launch(x, gate_up, top_k_ids, top_k_weights, None, inner, up)
+    sums = down_config or pick_down(*down.shape, top_k, down.group)
+    _launch(inner, down, top_k_ids, top_k_weights, residual, out, sums)
+    return out
+
+
+def _launch(
+    x: Tensor,
+    weight: PackedExperts,
+    top_k_ids: Tensor,
+    top_k_weights: Tensor,
+    residual: Tensor | None,
+    out: Tensor,
+    c: Int4RowConfig,
+) -> None:
+    n, k = weight.shape
+    top_k = top_k_ids.shape[1]
+    gated = residual is None
+    tiles = triton.cdiv(n, TILE)
+    chunks = max(c.chunks, weight.group // 64)
+    steps = triton.cdiv(k // 64, chunks)
+    span = triton.cdiv(steps, c.splits) * chunks
+    splits = triton.cdiv(k // 64, span)
+    asm = ("", "", "")
+    if gemm_row_int4.has_instructions(x.device) and x.dtype in TYPES:
+        asm = assembly(x.dtype)
+    part = out
+    if splits > 1 or not gated:
+        parts = splits * top_k * weight.halves
+        part = torch.empty(parts * weight.padded, dtype=torch.float32, device=x.device)
+    purpose = "experts of a row, up" if gated else "experts of a row, down"
+    _experts_row[(tiles, splits, top_k)](
+        x, weight.words, weight.scales, weight.factors, top_k_ids, top_k_weights, residual, out, part,
+        counters(x.device, purpose, tiles * top_k), n, weight.padded, span, K=k, CHUNKS=chunks, GROUP=weight.group, GATED=gated,
+        EVEN=k // 64 % chunks == 0, SPLITS=splits, TOP_K=top_k, ASM=asm[0], SUM=asm[1], num_warps=c.warps,
+        **overlap(x.device))  # fmt: skip
