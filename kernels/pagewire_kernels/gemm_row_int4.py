@@ -31,21 +31,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .packed_matrix import PackedMatrix
 from .quantized_decode import TILE, offsets
 from .row_epilogue import finish
-from .row_int4_products import (
-    TYPES,
-    assembly,
-    in_columns,
-    multiplied,
-    multiplied_in_float32,
-    norm_factor,
-    pairs_of,
-    rows_of,
-    scales_of,
-    sum_of_inputs,
-    sum_of_squares,
-    times_norm,
-    unit_of,
-)
+from .row_int4_loop import read_step, sum_of_parts, sums_of
+from .row_int4_products import TYPES, assembly, in_columns, norm_factor, rows_of, unit_of
 from .workspace import counters, overlap
 
 GROUPS: Final = (32, 64, 128)
@@ -94,28 +81,6 @@ class Int4RowConfig:
 
 
 @triton.jit
-def step_words(pointers, chunk, end, CHUNKS: tl.constexpr, EVEN: tl.constexpr):
-    """Of a step: [128, CHUNKS, 4]; none lie behind the end."""
-    at = pointers + chunk * 512
-    if EVEN:
-        return tl.load(at, mask=chunk < end, other=0)
-    inside = (chunk + tl.arange(0, CHUNKS) < end)[None, :, None]
-    return tl.load(at, mask=inside, other=0)
-
-
-@triton.jit
-def _merged(result, part, to, NP, split, SPLITS: tl.constexpr, last):
-    """Before the last program has counted: stores a split's sums. For it: all of them, in order."""
-    if last:
-        result = tl.zeros([64], tl.float32)
-        for other in tl.static_range(SPLITS):
-            result += tl.load(part + other * NP + to, cache_modifier=".cg")
-    else:
-        tl.store(part + split * NP + to, result)
-    return result
-
-
-@triton.jit
 def _row_int4(x, norm, words, scales, bias, residual, out, part, squares, arrived, N, NP, eps, factor, span,
         K: tl.constexpr, CHUNKS: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
         PAIR: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr, SPLITS: tl.constexpr,
@@ -125,7 +90,6 @@ def _row_int4(x, norm, words, scales, bias, residual, out, part, squares, arrive
     reads while the one before it is computed. In bfloat16 the squares of x are summed on the way, and
     squares has those of each program."""
     DT: tl.constexpr = x.dtype.element_ty
-    OFFSET: tl.constexpr = 128.0 if tl.bfloat16 == DT else 1024.0
     TWO: tl.constexpr = GATED or PAIR
     # float16 has no range for x without its factor, which must be known before
     ON_THE_WAY: tl.constexpr = NORM and ASM != "" and tl.bfloat16 == DT
@@ -137,14 +101,14 @@ def _row_int4(x, norm, words, scales, bias, residual, out, part, squares, arrive
     lane = tl.arange(0, 128)[:, None] % 32 + tl.zeros([1, CHUNKS], tl.int32)
     columns = in_columns(lane)
     # threads before chunks: so that Triton spreads threads over a warp, and leaves chunks to each
-    pointers = words + tl.permute(offsets(strip, K, 64, CHUNKS * 64, "int4"), [1, 0, 2])
-    pointers2 = words + tl.permute(offsets(second, K, 64, CHUNKS * 64, "int4"), [1, 0, 2])
-    w = step_words(pointers, start, end, CHUNKS, EVEN)
-    s, t = scales_of(scales, strip, start, end, NP, K, CHUNKS, GROUP, EVEN)
-    w2, s2, t2 = w, s, t
+    order = tl.permute(offsets(strip, K, 64, CHUNKS * 64, "int4"), [1, 0, 2])
+    order2 = tl.permute(offsets(second, K, 64, CHUNKS * 64, "int4"), [1, 0, 2])
+    strip1 = (words + order, scales, strip)
+    strip2 = (words + order2, scales, second)
+    read1 = read_step(strip1, start, end, NP, K, CHUNKS, GROUP, EVEN)
+    read2 = read1
     if TWO:
-        w2 = step_words(pointers2, start, end, CHUNKS, EVEN)
-        s2, t2 = scales_of(scales, second, start, end, NP, K, CHUNKS, GROUP, EVEN)
+        read2 = read_step(strip2, start, end, NP, K, CHUNKS, GROUP, EVEN)
     if PDL:
         gdc_wait()
         if EARLY:
@@ -156,62 +120,10 @@ def _row_int4(x, norm, words, scales, bias, residual, out, part, squares, arrive
         if ASM != "":
             unit, unit_pair = unit_of(scale, DT)
             scale = scale / unit
-    upper = tl.zeros([128], tl.float32)
-    lower = tl.zeros([128], tl.float32)
-    upper2 = tl.zeros([128], tl.float32)
-    lower2 = tl.zeros([128], tl.float32)
-    total = tl.zeros([128], tl.float32)
-    x_pairs = x.to(tl.pointer_type(tl.int32), bitcast=True)
-    norm_pairs = x_pairs
-    if NORM:
-        norm_pairs = norm.to(tl.pointer_type(tl.int32), bitcast=True)
-    h = lane
-    g = lane
-    if ASM != "":
-        h = pairs_of(x_pairs, start, end, CHUNKS)
-        if NORM:
-            g = pairs_of(norm_pairs, start, end, CHUNKS)
-    for chunk in tl.range(start, end, CHUNKS, num_stages=1):
-        following = chunk + CHUNKS
-        next_w = step_words(pointers, following, end, CHUNKS, EVEN)
-        next_w2 = next_w
-        if TWO:
-            next_w2 = step_words(pointers2, following, end, CHUNKS, EVEN)
-        if ASM == "":
-            a, b = multiplied_in_float32(
-                w, strip, x, norm, scales, chunk, end, NP, CHUNKS, GROUP, NORM
-            )
-            c, d = a, b
-            if TWO:
-                c, d = multiplied_in_float32(
-                    w2, second, x, norm, scales, chunk, end, NP, CHUNKS, GROUP, NORM
-                )
-        else:
-            next_s, next_t = scales_of(scales, strip, following, end, NP, K, CHUNKS, GROUP, EVEN)
-            next_s2, next_t2 = next_s, next_t
-            if TWO:
-                next_s2, next_t2 = scales_of(
-                    scales, second, following, end, NP, K, CHUNKS, GROUP, EVEN
-                )
-            next_h = pairs_of(x_pairs, following, end, CHUNKS)
-            next_g = g
-            pair = h
-            if NORM:
-                next_g = pairs_of(norm_pairs, following, end, CHUNKS)
-                if ON_THE_WAY:
-                    total += sum_of_squares(h)
-                pair = times_norm(h, g, unit_pair, TIMES)
-            inputs = sum_of_inputs(pair, lane, SUM)
-            a, b = multiplied(w, pair, columns, inputs, s, t, GROUP, OFFSET, ASM)
-            c, d = a, b
-            if TWO:
-                c, d = multiplied(w2, pair, columns, inputs, s2, t2, GROUP, OFFSET, ASM)
-            s, t, s2, t2, h, g = next_s, next_t, next_s2, next_t2, next_h, next_g
-        upper += a
-        lower += b
-        upper2 += c
-        lower2 += d
-        w, w2 = next_w, next_w2
+    upper, lower, upper2, lower2, total = sums_of(
+        x, norm, unit_pair, strip1, strip2, read1, read2, lane, columns, start, end, NP, K, CHUNKS, GROUP,
+        EVEN, TWO, NORM, ON_THE_WAY, ASM, SUM, TIMES
+    )  # fmt: skip
     if PDL and not EARLY:
         gdc_launch_dependents()
     result = rows_of(upper, lower) * factor
@@ -226,18 +138,18 @@ def _row_int4(x, norm, words, scales, bias, residual, out, part, squares, arrive
     n2 = second * 64 + tl.arange(0, 64)
     last = True
     if SPLITS > 1:
-        _merged(result, part, n, NP, split, SPLITS, False)
+        tl.store(part + split * NP + n, result)
         if TWO:
-            _merged(result2, part, n2, NP, split, SPLITS, False)
+            tl.store(part + split * NP + n2, result2)
         if ON_THE_WAY:
             tl.store(squares + tl.program_id(0) * SPLITS + split, square)
         tl.debug_barrier()
         last = tl.atomic_add(arrived + tl.program_id(0), 1) == SPLITS - 1
         if last:
             tl.store(arrived + tl.program_id(0), 0)
-            result = _merged(result, part, n, NP, split, SPLITS, True)
+            result = sum_of_parts(part, n, NP, SPLITS)
             if TWO:
-                result2 = _merged(result2, part, n2, NP, split, SPLITS, True)
+                result2 = sum_of_parts(part, n2, NP, SPLITS)
             if ON_THE_WAY:
                 square = 0.0
                 for other in tl.static_range(SPLITS):

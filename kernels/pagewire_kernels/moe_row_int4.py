@@ -18,21 +18,12 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import gemm_row_int4
-from .gemm_row_int4 import GROUPS, MULTIPROCESSORS, Int4RowConfig, step_words
+from .gemm_row_int4 import GROUPS, MULTIPROCESSORS, Int4RowConfig
 from .packed_matrix import PackedExperts
 from .quantized_decode import INT4, TILE, offsets
 from .row_epilogue import finish
-from .row_int4_products import (
-    TYPES,
-    assembly,
-    in_columns,
-    multiplied,
-    multiplied_in_float32,
-    pairs_of,
-    rows_of,
-    scales_of,
-    sum_of_inputs,
-)
+from .row_int4_loop import read_step, sum_of_parts, sums_of
+from .row_int4_products import TYPES, assembly, in_columns, rows_of
 from .workspace import counters, overlap
 
 RESIDENT: Final = 4
@@ -45,8 +36,6 @@ def _experts_row(x, words, scales, factors, top_k_ids, top_k_weights, residual, 
         TOP_K: tl.constexpr, ASM: tl.constexpr, SUM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """64 results of a chosen expert, or its share of 64 sums, over chunks split * span to (split + 1)
     * span of 64 inputs. GATED: of gate and of up, for one x; else x has a row for each place."""
-    DT: tl.constexpr = x.dtype.element_ty
-    OFFSET: tl.constexpr = 128.0 if tl.bfloat16 == DT else 1024.0
     HALVES: tl.constexpr = 2 if GATED else 1
     PARTS: tl.constexpr = SPLITS if GATED else SPLITS * TOP_K
     strip = tl.program_id(0)
@@ -70,65 +59,23 @@ def _experts_row(x, words, scales, factors, top_k_ids, top_k_weights, residual, 
     order = tl.permute(offsets(strip, K, 64, CHUNKS * 64, "int4"), [1, 0, 2])
     pointers = words + first * each * (K // 8) + order
     own_scales = scales + first * each * (K // GROUP)
-    w = step_words(pointers, start, end, CHUNKS, EVEN)
-    s, t = scales_of(own_scales, strip, start, end, NP, K, CHUNKS, GROUP, EVEN)
-    up_pointers, up_scales = pointers, own_scales
-    w2, s2, t2 = w, s, t
+    strip1 = (pointers, own_scales, strip)
+    strip2 = strip1
+    read1 = read_step(strip1, start, end, NP, K, CHUNKS, GROUP, EVEN)
+    read2 = read1
     if GATED:
-        up_pointers = pointers + each * (K // 8)
-        up_scales = own_scales + each * (K // GROUP)
-        w2 = step_words(up_pointers, start, end, CHUNKS, EVEN)
-        s2, t2 = scales_of(up_scales, strip, start, end, NP, K, CHUNKS, GROUP, EVEN)
+        strip2 = (pointers + each * (K // 8), own_scales + each * (K // GROUP), strip)
+        read2 = read_step(strip2, start, end, NP, K, CHUNKS, GROUP, EVEN)
     if PDL and not GATED:
         gdc_wait()
         gdc_launch_dependents()
     row = x
     if not GATED:
         row = x + place * K
-    upper = tl.zeros([128], tl.float32)
-    lower = tl.zeros([128], tl.float32)
-    upper2 = tl.zeros([128], tl.float32)
-    lower2 = tl.zeros([128], tl.float32)
-    pairs = row.to(tl.pointer_type(tl.int32), bitcast=True)
-    h = lane
-    if ASM != "":
-        h = pairs_of(pairs, start, end, CHUNKS)
-    for chunk in tl.range(start, end, CHUNKS, num_stages=1):
-        following = chunk + CHUNKS
-        next_w = step_words(pointers, following, end, CHUNKS, EVEN)
-        next_w2 = next_w
-        if GATED:
-            next_w2 = step_words(up_pointers, following, end, CHUNKS, EVEN)
-        if ASM == "":
-            a, b = multiplied_in_float32(
-                w, strip, row, row, own_scales, chunk, end, NP, CHUNKS, GROUP, False
-            )
-            c, d = a, b
-            if GATED:
-                c, d = multiplied_in_float32(
-                    w2, strip, row, row, up_scales, chunk, end, NP, CHUNKS, GROUP, False
-                )
-        else:
-            next_s, next_t = scales_of(
-                own_scales, strip, following, end, NP, K, CHUNKS, GROUP, EVEN
-            )
-            next_s2, next_t2 = next_s, next_t
-            if GATED:
-                next_s2, next_t2 = scales_of(
-                    up_scales, strip, following, end, NP, K, CHUNKS, GROUP, EVEN
-                )
-            next_h = pairs_of(pairs, following, end, CHUNKS)
-            inputs = sum_of_inputs(h, lane, SUM)
-            a, b = multiplied(w, h, columns, inputs, s, t, GROUP, OFFSET, ASM)
-            c, d = a, b
-            if GATED:
-                c, d = multiplied(w2, h, columns, inputs, s2, t2, GROUP, OFFSET, ASM)
-            s, t, s2, t2, h = next_s, next_t, next_s2, next_t2, next_h
-        upper += a
-        lower += b
-        upper2 += c
-        lower2 += d
-        w, w2 = next_w, next_w2
+    upper, lower, upper2, lower2, _ = sums_of(
+        row, row, 0, strip1, strip2, read1, read2, lane, columns, start, end, NP, K, CHUNKS, GROUP, EVEN,
+        GATED, False, False, ASM, SUM, ""
+    )  # fmt: skip
     result = rows_of(upper, lower) * tl.load(factors + first)
     result2 = result
     if GATED:
@@ -156,12 +103,9 @@ def _experts_row(x, words, scales, factors, top_k_ids, top_k_weights, residual, 
         last = tl.atomic_add(arrived + count, 1) == PARTS - 1
         if last:
             tl.store(arrived + count, 0)
-            result = tl.zeros([64], tl.float32)
-            result2 = tl.zeros([64], tl.float32)
-            for other in tl.static_range(PARTS):
-                result += tl.load(parts + other * each + n, cache_modifier=".cg")
-                if GATED:
-                    result2 += tl.load(parts + (PARTS + other) * each + n, cache_modifier=".cg")
+            result = sum_of_parts(parts, n, each, PARTS)
+            if GATED:
+                result2 = sum_of_parts(parts + PARTS * each, n, each, PARTS)
     if last:
         finish(result, result2, 1.0, None, residual, to, n, N, False, GATED, False, not GATED)
 
