@@ -173,6 +173,25 @@ def test_places_without_an_expert_add_nothing_to_one_row(monkeypatch: pytest.Mon
     assert torch.equal(none, residual)
 
 
+SUMS = {
+    "Qwen3-30B-A3B": ((2048, 768, 8), (4, 3)),
+    "Mixtral 8x7B": ((4096, 14336, 2), (8, 7)),
+    "too many results for splits": ((7168, 2048, 8), (8, 1)),
+    "larger steps leave fewer programs": ((2048, 512, 8), (4, 2)),
+    "smaller steps can be shared out evenly": ((4096, 4608, 2), (4, 6)),
+    "an odd number of chunks": ((2048, 960, 2), (4, 4)),
+}
+"""Results, inner size and experts a token; chunks a step and splits."""
+
+
+@pytest.mark.parametrize(("sizes", "wanted"), SUMS.values(), ids=SUMS)
+def test_launch_shapes_of_the_sums_of_one_row(
+    sizes: tuple[int, int, int], wanted: tuple[int, int]
+) -> None:
+    chosen = moe_row_int4.pick_down(*sizes)
+    assert (chosen.chunks, chosen.splits) == wanted
+
+
 def test_no_tokens() -> None:
     mixture = case(1)
     gate_up, _ = packed(mixture.gate_up, 2, "float8, a scale a row")
