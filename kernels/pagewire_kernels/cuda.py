@@ -17,6 +17,7 @@ from . import (
     attention_torch,
     gemm,
     gemm_row,
+    gemm_row_parts,
     moe,
     moe_quantized,
     moe_row_int4,
@@ -53,14 +54,6 @@ __all__ = [
 
 FUSED_PROGRAMS = 512
 """Rows times KV heads."""
-
-
-def _row_weight(weight: Tensor | QuantizedMatrices) -> gemm_row.Weight:
-    if isinstance(weight, Tensor):
-        return weight
-    row_weight = weight.row_weight
-    assert row_weight is not None
-    return row_weight
 
 
 class CudaOps:
@@ -125,7 +118,7 @@ class CudaOps:
 
     def takes_row(self, weight: Tensor | QuantizedMatrices) -> bool:
         """See backend.FusedOps."""
-        return isinstance(weight, Tensor) or weight.row_weight is not None
+        return isinstance(weight, Tensor) or weight.takes_row
 
     def norm_linear(
         self,
@@ -136,13 +129,17 @@ class CudaOps:
         bias: Tensor | None = None,
     ) -> Tensor:
         """weight [N, K] @ rms_norm(x) + bias -> [1, N]; x [1, K], norm [K]."""
-        return gemm_row.norm_linear(x, norm, eps, _row_weight(weight), bias)
+        if isinstance(weight, Tensor):
+            return gemm_row.norm_linear(x, norm, eps, weight, bias)
+        return gemm_row_parts.norm_linear(x, norm, eps, weight.parts, bias)
 
     def norm_gated(
         self, x: Tensor, norm: Tensor, eps: float, weight: Tensor | QuantizedMatrices
     ) -> Tensor:
         """silu_mul(weight [2I, K] @ rms_norm(x)) -> [1, I]; x [1, K], norm [K]."""
-        return gemm_row.norm_gated(x, norm, eps, _row_weight(weight))
+        if isinstance(weight, Tensor):
+            return gemm_row.norm_gated(x, norm, eps, weight)
+        return gemm_row_parts.norm_gated(x, norm, eps, weight.parts)
 
     def linear_add(
         self,
@@ -152,7 +149,9 @@ class CudaOps:
         residual: Tensor,
     ) -> Tensor:
         """weight [N, K] @ x + bias + residual -> [1, N]; x [1, K], residual [1, N]."""
-        return gemm_row.linear_add(x, _row_weight(weight), bias, residual)
+        if isinstance(weight, Tensor):
+            return gemm_row.linear_add(x, weight, bias, residual)
+        return gemm_row_parts.linear_add(x, weight.parts, bias, residual)
 
     def takes_router(self, weight: Tensor | QuantizedMatrices) -> bool:
         """See backend.FusedOps: matrices in full."""

@@ -16,6 +16,7 @@ from . import (
     float8_rows,
     gemm,
     gemm_row,
+    gemm_row_parts,
     gemm_scaled,
     hopper_plan,
     norm,
@@ -66,10 +67,9 @@ class QuantizedMatrices:
         return sum(matrix.nbytes for matrix in self._parts)
 
     @property
-    def row_weight(self) -> PackedMatrix | None:
-        """What the kernels for one row (gemm_row.py) read; None where they cannot."""
-        whole = len(self._parts) == 1 and gemm_row.takes(self._parts[0])
-        return self._parts[0] if whole else None
+    def takes_row(self) -> bool:
+        """Whether the kernels for one row (gemm_row.py) read all of it."""
+        return all(map(gemm_row.takes, self._parts))
 
     @property
     def parts(self) -> Sequence[PackedMatrix]:
@@ -78,6 +78,8 @@ class QuantizedMatrices:
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, K] -> [T, N] in x's type."""
+        if len(x) == 1 and self.takes_row:
+            return gemm_row_parts.linear_add(x, self._parts, bias, None)
         group = self.input_group(len(x), x.dtype)
         if group is not None:
             return self.in_float8(float8_rows.quantize_rows(x, group), bias)

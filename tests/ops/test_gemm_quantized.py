@@ -347,7 +347,7 @@ def test_compiled_products_fit_and_wait_for_their_operands(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr[-2000:]
     launches = [json.loads(line) for line in done.stdout.splitlines()]
     norms = [launch for launch in launches if launch["launch"].startswith("norm")]
-    assert len(launches) - len(norms) == 63
+    assert len(launches) - len(norms) == 66
     for launch in launches:
         assert launch["shared"] <= launch["limit"], launch
         assert set(launch["waits"]) <= {0}, launch
@@ -360,6 +360,16 @@ def test_compiled_products_fit_and_wait_for_their_operands(tmp_path: Path) -> No
         assert all(
             "threadsPerWarp = [32, 1], warpsPerCTA = [4, 1]" in p for p in launch["products"]
         )
+    codes = [
+        launch
+        for launch in launches
+        if launch["launch"].startswith(("one row, int8", "one row, fp8"))
+    ]
+    assert len(codes) == 5
+    for launch in codes:
+        # threads keep what they read: only the last sum goes through shared memory
+        assert launch["shared"] <= 256, launch
+        assert not launch["spilled"], launch
     # what a norm gives besides must not change the order of its sums, nor so its bits
     for width in range(0, len(norms), 4):
         plain, *others = norms[width : width + 4]

@@ -38,8 +38,8 @@ def packed(n: int, k: int, group: int, whole: bool) -> tuple[PackedMatrix, Tenso
     rounded = quantize(torch.randn(n, k), 4, group, whole_zeros=whole)
     matrices = CudaQuantized(KernelChoices()).pack([rounded], False)
     assert matrices is not None
-    matrix = matrices.row_weight
-    assert matrix is not None
+    assert matrices.takes_row
+    matrix = matrices.parts[0]
     return matrix, matrices.dense(torch.float32).clone()
 
 

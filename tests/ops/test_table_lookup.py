@@ -84,7 +84,7 @@ def test_products_are_those_of_the_dequantized_weights(form: str, monkeypatch) -
     parts = [MAKE[form](70, 256), MAKE[form](20, 256)]
     matrices = pack(*parts)
     assert len(matrices.parts) == 1
-    assert matrices.row_weight is None
+    assert not matrices.takes_row
     full = torch.cat([part.dequantize() for part in parts])
     bias = torch.randn(len(full))
     for tokens in (1, 3, 40, 130):

@@ -15,7 +15,7 @@ import argparse
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,10 +28,11 @@ import torch
 from pagewire_kernels import gemm_row, gemm_row_int4, reference
 from pagewire_kernels.cuda_quantized import CudaQuantized
 from pagewire_kernels.gemm_quantized import quantized_linear
+from pagewire_kernels.gemm_row import Config
 from pagewire_kernels.gemm_row_int4 import Int4RowConfig
 from pagewire_kernels.kernel_choices import KernelChoices
 from pagewire_kernels.packed_matrix import PackedMatrix
-from pagewire_kernels.quantized import quantize
+from pagewire_kernels.quantized import Quantized, quantize
 from pagewire_kernels.quantized_decode import TILE
 from torch import Tensor
 from worker.gpu_oracle import begin, conclude
@@ -47,7 +48,7 @@ MATRICES = (
     (1000, 1088, 64, False), (320, 896, 128, False),
 )  # fmt: skip
 SMALL = ((256, 512, 128, True), (70, 192, 32, False))
-Product = Callable[[Tensor, PackedMatrix, Int4RowConfig | None], Tensor]
+Product = Callable[[Tensor, PackedMatrix, Config | None], Tensor]
 
 
 class Around(NamedTuple):
@@ -89,25 +90,26 @@ def expected(name: str, x: Tensor, full: Tensor, o: Around, dtype: torch.dtype) 
 
 
 def faults(
-    n: int, k: int, group: int, whole: bool, dtype: torch.dtype, device: str
+    rounded: Quantized, configs: Sequence[Config | None], dtype: torch.dtype
 ) -> Iterator[tuple[float, str]]:
     """(the error over what it may be, what is wrong, empty: nothing) of each product and shape."""
-    rounded = quantize(torch.randn(n, k, device=device) * 0.02, 4, group, whole_zeros=whole)
     matrices = CudaQuantized(KernelChoices()).pack([rounded], False)
     assert matrices is not None
-    matrix = matrices.row_weight
-    assert matrix is not None
+    assert matrices.takes_row
+    matrix = matrices.parts[0]
+    n, k = matrix.shape
+    device = matrix.words.device.type
     full = matrices.dense(torch.float32).clone()
     rows = torch.randn(ROWS, 1, k, device=device).to(dtype)
     others = around(k, n, dtype, device)
-    for (name, product), config in itertools.product(products(others).items(), CONFIGS):
+    for (name, product), config in itertools.product(products(others).items(), configs):
         exact = [expected(name, x, full, others, torch.float64) for x in rows]
         rounded_to = torch.bfloat16 if device == "cpu" else dtype
         plain = [expected(name, x, full, others, rounded_to) for x in rows]
         out = [product(x, matrix, config) for x in rows]
         again = [product(x, matrix, config) for x in rows]
         share = _error(out, exact) / _error(plain, exact) / MOST
-        text = f"{name} of {n} x {k}, groups of {group}, {dtype}, {config}"
+        text = f"{name} of {n} x {k}, groups of {matrix.group}, {dtype}, {config}"
         if not all(map(torch.equal, out, again)):
             yield share, f"{text}: two runs differ"
         else:
@@ -119,6 +121,14 @@ def _error(results: list[Tensor], exact: list[Tensor]) -> float:
     return float((torch.cat(results).double() - torch.cat(exact)).norm())
 
 
+def told(title: str, found: Sequence[tuple[float, str]]) -> list[str]:
+    """What is wrong of `found`, which is printed as a line."""
+    texts = [text for _, text in found if text]
+    worst = max(share for share, _ in found)
+    print(f"{title}: errors up to {worst:.3f} of what is allowed; {len(texts)} wrong", flush=True)
+    return texts
+
+
 def check(device: str) -> list[str]:
     """What is wrong, a line each."""
     small = device == "cpu"
@@ -126,14 +136,9 @@ def check(device: str) -> list[str]:
     types = (torch.float32,) if small else (torch.bfloat16, torch.float16)
     for matrix, dtype in itertools.product(SMALL if small else MATRICES, types):
         torch.manual_seed(13)
-        found = list(faults(*matrix, dtype, device))
-        texts = [text for _, text in found if text]
-        worst = max(share for share, _ in found)
-        print(
-            f"{matrix}, {dtype}: errors up to {worst:.3f} of what is allowed; {len(texts)} wrong",
-            flush=True,
-        )
-        wrong += texts
+        n, k, group, whole = matrix
+        rounded = quantize(torch.randn(n, k, device=device) * 0.02, 4, group, whole_zeros=whole)
+        wrong += told(f"{matrix}, {dtype}", list(faults(rounded, CONFIGS, dtype)))
     return wrong
 
 
@@ -147,9 +152,10 @@ def candidates(n: int, k: int, gated: bool) -> Iterator[Int4RowConfig]:
             yield Int4RowConfig(strips, chunks, splits, early=early)
 
 
-def _time(
-    product: Product, copies: list[PackedMatrix], x: Tensor, config: Int4RowConfig | None
+def time_of(
+    product: Product, copies: list[PackedMatrix], x: Tensor, config: Config | None
 ) -> float:
+    """Microseconds."""
     return microseconds([lambda x, w=w: product(x, w, config) for w in copies], x)
 
 
@@ -164,7 +170,7 @@ def timed(other_shapes: bool) -> Iterator[str]:
         results = n // 2 if gated else n
         chosen = gemm_row_int4.pick_config(results, k, gated, name.startswith("norm"), 128)
         others = set(candidates(results, k, gated)) if other_shapes else set[Int4RowConfig]()
-        tried = {c: _time(product, copies, x, c) for c in others | {chosen}}
+        tried = {c: time_of(product, copies, x, c) for c in others | {chosen}}
         alone = microseconds([lambda x, w=w: quantized_linear(x, w) for w in copies], x)
         fastest = sorted(tried, key=lambda config: tried[config])[:5]
         text = "; ".join(f"{tried[config]:.1f} {config}" for config in fastest)

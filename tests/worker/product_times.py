@@ -4,13 +4,15 @@ And whether other launch shapes would be faster than those that are chosen.
 """
 
 import itertools
+import os
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Final
 
 import torch
 from pagewire_kernels import gemm
+from pagewire_kernels.compile_ahead import Wanted, compile_all, noting
 from pagewire_kernels.cuda_quantized import CudaQuantized, QuantizedMatrices
 from pagewire_kernels.gemm_cublaslt import GemmAlgorithms
 from pagewire_kernels.gemm_quantized import quantized_linear as multiply
@@ -123,6 +125,15 @@ def packed(n: int, k: int, rounded: Rounded) -> list[PackedMatrix]:
 def _copied(matrix: PackedMatrix) -> PackedMatrix:
     scales = None if matrix.scales is None else matrix.scales.clone()
     return replace(matrix, words=matrix.words.clone(), scales=scales)
+
+
+def compile_launches(calls: Iterable[Callable[[], object]]) -> None:
+    """Compile the kernels that the calls launch, many at a time."""
+    wanted: dict[Wanted, None] = {}
+    with noting(wanted):
+        for call in calls:
+            call()
+    compile_all(list(wanted), os.cpu_count() or 1, torch.device("cuda", 0))
 
 
 def microseconds(copies: list[Product], x: Tensor) -> float:
