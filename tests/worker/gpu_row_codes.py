@@ -12,7 +12,7 @@ import argparse
 import itertools
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -77,32 +77,29 @@ def _candidates() -> Iterator[CodesRowConfig]:
     yield CodesRowConfig(4, 4, early=False)
 
 
-def timed(bits: int, group: int, sizes: Sequence[tuple[int, int]]) -> Iterator[str]:
-    """A line for each product: microseconds."""
-    names = {6144: "norm_linear", 28672: "norm_gated"}
-    for n, k in sizes:
-        copies = packed(n, k, lambda w: quantize(w, bits, group or w.shape[1]))
-        x = torch.randn(1, k, device="cuda", dtype=torch.bfloat16)
-        name = names.get(n, "linear_add")
-        product = products(around(k, n, x.dtype, "cuda"))[name]
-        gated = name == "norm_gated"
-        results = n // 2 if gated else n
-        chosen: Config = gemm_row_codes.pick_config(results, k, gated)
-        others: set[Config] = set(_candidates())
-        if bits == 4:
-            normed = name.startswith("norm")
-            chosen = gemm_row_int4.pick_config(results, k, gated, normed, group)
-            others = {c for c in gpu_row_int4.candidates(results, k, gated) if c.early}
-        compile_launches(lambda c=config: product(x, copies[0], c) for config in others | {chosen})
-        tried = {config: time_of(product, copies, x, config) for config in others | {chosen}}
-        alone = microseconds([lambda x, w=w: quantized_linear(x, w) for w in copies], x)
-        fastest = sorted(tried, key=lambda config: tried[config])[:4]
-        text = "; ".join(f"{tried[config]:.1f} {config}" for config in fastest)
-        size = copies[0].nbytes / 1e6
-        yield (
-            f"{bits} bits, group {group}, {n} x {k} ({size:.0f} MB): {tried[chosen]:.1f} us {chosen};"
-            f" for several rows, alone {alone:.1f}; {text}"
-        )
+def timed(bits: int, group: int, n: int, k: int) -> str:
+    """Of a product: microseconds as chosen, and in the fastest launch shapes."""
+    copies = packed(n, k, lambda w: quantize(w, bits, group or w.shape[1]))
+    x = torch.randn(1, k, device="cuda", dtype=torch.bfloat16)
+    name = {6144: "norm_linear", 28672: "norm_gated"}.get(n, "linear_add")
+    product = products(around(k, n, x.dtype, "cuda"))[name]
+    gated = name == "norm_gated"
+    results = n // 2 if gated else n
+    chosen: Config = gemm_row_codes.pick_config(results, k, gated)
+    configs: set[Config] = set(_candidates())
+    if bits == 4:
+        chosen = gemm_row_int4.pick_config(results, k, gated, name.startswith("norm"), group)
+        configs = {c for c in gpu_row_int4.candidates(results, k, gated) if c.early}
+    configs.add(chosen)
+    compile_launches(lambda c=config: product(x, copies[0], c) for config in configs)
+    tried = {config: time_of(product, copies, x, config) for config in configs}
+    alone = microseconds([lambda x, w=w: quantized_linear(x, w) for w in copies], x)
+    fastest = sorted(tried, key=lambda config: tried[config])[:4]
+    text = "; ".join(f"{tried[config]:.1f} {config}" for config in fastest)
+    return (
+        f"{bits} bits, group {group}, {n} x {k} ({copies[0].nbytes / 1e6:.0f} MB): {tried[chosen]:.1f} us"
+        f" {chosen}; for several rows, alone {alone:.1f}; {text}"
+    )
 
 
 def main() -> int:
@@ -116,8 +113,9 @@ def main() -> int:
     if options.device == "cuda" and not status and options.times:
         sets = ((8, 16, (SHAPES[3], (1024, 4096), HEAD)), (8, 0, SHAPES), (8, 32, SHAPES),
                 (4, 32, (*SHAPES, (5120, 4096))))  # fmt: skip
-        for line in itertools.chain(*(timed(*one) for one in sets)):
-            print(line, flush=True)
+        for bits, group, sizes in sets:
+            for n, k in sizes:
+                print(timed(bits, group, n, k), flush=True)
     return status
 
 
