@@ -28,8 +28,12 @@ class Stored(Protocol):
     shape: torch.Size
     dtype: torch.dtype
 
-    def tensor(self) -> Tensor:
-        """All of them."""
+    def on(self, device: torch.device | str) -> Tensor:
+        """All of them [N, K], on that device, which takes the blocks apart."""
+        ...
+
+    def columns(self, start: int, length: int) -> "Stored | None":
+        """Inputs start to start + length of all rows; None where they are no whole blocks."""
         ...
 
     def by_place(self, first: int, last: int, lanes: int) -> np.ndarray:
@@ -56,7 +60,12 @@ class Quantized:
 
     @property
     def codes(self) -> Tensor:
-        return self.values if isinstance(self.values, Tensor) else self.values.tensor()
+        return self._codes_on(self.scale.device)
+
+    def _codes_on(self, device: torch.device) -> Tensor:
+        if isinstance(self.values, Tensor):
+            return self.values.to(device)
+        return self.values.on(device)
 
     @property
     def shape(self) -> torch.Size:
@@ -84,7 +93,7 @@ class Quantized:
         table = None if self.table is None else self.table.to(target)
         return replace(
             self,
-            values=self.codes.to(target),
+            values=self._codes_on(target),
             scale=self.scale.to(target),
             minimum=minimum,
             table=table,
@@ -142,9 +151,13 @@ class Quantized:
         first = start // self.group
         count = length // self.group
         minimum = None if self.minimum is None else self.minimum.narrow(1, first, count)
-        codes = self.codes.narrow(1, start, length)
+        values = None
+        if not isinstance(self.values, Tensor):
+            values = self.values.columns(start, length)
+        if values is None:
+            values = self.codes.narrow(1, start, length)
         scale = self.scale.narrow(1, first, count)
-        return replace(self, values=codes, scale=scale, minimum=minimum)
+        return replace(self, values=values, scale=scale, minimum=minimum)
 
     def dequantize(self) -> Tensor:
         """[N, K] float32."""

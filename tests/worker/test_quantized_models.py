@@ -64,7 +64,25 @@ def test_blocks_are_taken_apart_exactly(kind: str) -> None:
             random.standard_normal((15, 1)).astype(np.float16).view(np.uint8)
         )
     wanted = gguf.quants.dequantize(rows, GGMLQuantizationType[kind])
-    assert np.array_equal(take_apart(kind, rows, size).dequantize().numpy(), wanted)
+    matrix = take_apart(kind, rows, size)
+    assert np.array_equal(matrix.dequantize().numpy(), wanted)
+    # by NumPy, for a CPU's panels, as by torch, for a GPU
+    by_place = matrix.by_place(0, 5, 5)[:, 0].transpose(2, 1, 0).reshape(5, -1)
+    assert np.array_equal(by_place, matrix.codes.numpy())
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_columns_stay_in_their_blocks(kind: str) -> None:
+    """So that a rank's part of a matrix is cut from the file, and not from all of its codes."""
+    values, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    rows = np.random.default_rng(1).integers(0, 120, (3, 4 * size), dtype=np.uint8)
+    matrix = take_apart(kind, rows, size)
+    part = matrix.narrow(1, values, 2 * values)
+    assert not isinstance(part.values, torch.Tensor)
+    whole = matrix.dequantize().nan_to_num()
+    assert torch.equal(part.dequantize().nan_to_num(), whole[:, values : 3 * values])
+    cut = matrix.narrow(1, 16, values)
+    assert torch.equal(cut.dequantize().nan_to_num(), whole[:, 16 : values + 16])
 
 
 def decoder_of(config: dict, dtype: torch.dtype, bits: int, like: Decoder | None = None) -> Decoder:

@@ -1,12 +1,13 @@
 """Blocks of GGUF's types taken apart into codes, scales and minima, without loss. Knows no files.
 
 Codes stay in their blocks until they are packed: a model's are too many to be held twice, or to be
-moved more often than once. Layouts: ggml's ggml-common.h (block_q4_0 to block_q6_K, block_iq4_nl
+moved more often than once. For a GPU blocks are moved there, and taken apart by it. Layouts: ggml's ggml-common.h (block_q4_0 to block_q6_K, block_iq4_nl
 and block_iq4_xs). Other types with lookup tables, and those of less than 4 bits, are not among them.
 """
 
+import warnings
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor
 
 Bytes = np.ndarray
 """uint8 [blocks, bytes of a block]."""
-Fields = np.ndarray
-"""uint8 [bytes of a block, ...]."""
+Fields = Any
+"""uint8 [bytes of a block, ...], of NumPy or a Tensor: what takes them apart is written for both."""
 Scales = tuple[np.ndarray, np.ndarray | None]
 """Scales and minima [blocks, groups] float32."""
 
@@ -29,41 +30,51 @@ def _half(data: Bytes, at: int) -> np.ndarray:
     return torch.from_numpy(np.ascontiguousarray(found)).float().numpy()
 
 
-def _nibbles(data: Fields) -> np.ndarray:
+def _joined(parts: tuple[Fields, ...], axis: int = 0) -> Fields:
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts, axis)
+    return np.concatenate(parts, axis)
+
+
+def _signed(codes: Fields) -> Fields:
+    """The same bytes as int8."""
+    return codes.view(torch.int8 if isinstance(codes, Tensor) else np.int8)
+
+
+def _nibbles(data: Fields) -> Fields:
     """All low halves, then all high ones."""
-    return np.concatenate((data & 15, data >> 4))
+    return _joined((data & 15, data >> 4))
 
 
-def _bits(data: Fields, step: int, mask: int) -> np.ndarray:
+def _bits(data: Fields, step: int, mask: int) -> Fields:
     """[n, ...] to [8 / step, n, ...]: the lowest `step` bits of all bytes, then the next."""
-    shifts = np.arange(0, 8, step, dtype=np.uint8)
-    return data >> shifts.reshape(-1, *[1] * data.ndim) & mask
+    return _joined(tuple((data >> shift & mask)[None] for shift in range(0, 8, step)))
 
 
-def _fifth_bits(data: Fields) -> np.ndarray:
+def _fifth_bits(data: Fields) -> Fields:
     """[4, ...] bytes to [32, ...] of 0 or 16."""
     return _bits(data, 1, 1).swapaxes(0, 1).reshape(32, *data.shape[1:]) << 4
 
 
-def _k_nibbles(data: Fields) -> np.ndarray:
+def _k_nibbles(data: Fields) -> Fields:
     """128 bytes to 256 values: of each 32 bytes the low halves, then the high ones."""
     parts = data.reshape(4, 1, 32, *data.shape[1:])
-    return np.concatenate((parts & 15, parts >> 4), 1).reshape(256, *data.shape[1:])
+    return _joined((parts & 15, parts >> 4), 1).reshape(256, *data.shape[1:])
 
 
-def _q5_k(data: Fields) -> np.ndarray:
+def _q5_k(data: Fields) -> Fields:
     codes = _k_nibbles(data[48:])
     codes |= _bits(data[16:48], 1, 1).reshape(codes.shape) << 4
-    return codes.view(np.int8)
+    return _signed(codes)
 
 
-def _q6_k(data: Fields) -> np.ndarray:
+def _q6_k(data: Fields) -> Fields:
     low = data[:128].reshape(2, 64, *data.shape[1:])
     rest = data.shape[1:]
-    codes = np.concatenate((low & 15, low >> 4), 1).reshape(256, *rest)
+    codes = _joined((low & 15, low >> 4), 1).reshape(256, *rest)
     high = _bits(data[128:192].reshape(2, 32, *rest), 2, 3).swapaxes(0, 1)
     codes |= high.reshape(256, *rest) << 4
-    return codes.view(np.int8) - np.int8(32)
+    return _signed(codes) - 32
 
 
 def _one_scale(data: Bytes) -> Scales:
@@ -94,10 +105,10 @@ def _q6_k_scales(data: Bytes) -> Scales:
     return _half(data, 208) * np.ascontiguousarray(data[:, 192:208]).view(np.int8), None
 
 
-def _iq4_xs(data: Fields) -> np.ndarray:
+def _iq4_xs(data: Fields) -> Fields:
     """Eight groups of 16 bytes, of each the low halves, then the high ones."""
     parts = data[8:].reshape(8, 1, 16, *data.shape[1:])
-    return np.concatenate((parts & 15, parts >> 4), 1).reshape(256, *data.shape[1:])
+    return _joined((parts & 15, parts >> 4), 1).reshape(256, *data.shape[1:])
 
 
 def _iq4_xs_scales(data: Bytes) -> Scales:
@@ -115,7 +126,7 @@ class Layout(NamedTuple):
 
     values: int
     dtype: torch.dtype
-    codes: Callable[[Fields], np.ndarray]
+    codes: Callable[[Fields], Fields]
     scales: Callable[[Bytes], Scales]
     table: tuple[int, ...] | None = None
 
@@ -126,16 +137,16 @@ TYPES: Final[dict[str, Layout]] = {
     "Q5_0": Layout(
         32,
         torch.int8,
-        lambda data: (_nibbles(data[6:]) | _fifth_bits(data[2:6])).view(np.int8) - np.int8(16),
+        lambda data: _signed(_nibbles(data[6:]) | _fifth_bits(data[2:6])) - 16,
         _one_scale,
     ),
     "Q5_1": Layout(
         32,
         torch.int8,
-        lambda data: (_nibbles(data[8:]) | _fifth_bits(data[4:8])).view(np.int8),
+        lambda data: _signed(_nibbles(data[8:]) | _fifth_bits(data[4:8])),
         _scale_and_minimum,
     ),
-    "Q8_0": Layout(32, torch.int8, lambda data: data[2:].view(np.int8), _one_scale),
+    "Q8_0": Layout(32, torch.int8, lambda data: _signed(data[2:]), _one_scale),
     "Q4_K": Layout(256, torch.uint8, lambda data: _k_nibbles(data[16:]), _k_scales),
     "Q5_K": Layout(256, torch.int8, _q5_k, _k_scales),
     "Q6_K": Layout(256, torch.int8, _q6_k, _q6_k_scales),
@@ -161,10 +172,22 @@ class Blocks:
             np.ascontiguousarray(rows.reshape(-1, lanes, *rows.shape[1:]).transpose(3, 0, 2, 1))
         )
 
-    def tensor(self) -> Tensor:
-        """All codes [N, K]."""
-        codes = self._layout.codes(np.ascontiguousarray(self._data.transpose(2, 0, 1)))
-        return torch.from_numpy(np.ascontiguousarray(codes.transpose(1, 2, 0))).view(self.shape)
+    def on(self, device: torch.device | str) -> Tensor:
+        """See pagewire_kernels.quantized.Stored."""
+        with warnings.catch_warnings():
+            # the file is mapped for reading, and only read
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            data = torch.from_numpy(self._data).to(device)
+        codes = self._layout.codes(data.movedim(2, 0))
+        return codes.movedim(0, 2).reshape(self.shape)
+
+    def columns(self, start: int, length: int) -> "Blocks | None":
+        """See pagewire_kernels.quantized.Stored."""
+        values = self._layout.values
+        if start % values or length % values:
+            return None
+        blocks = slice(start // values, (start + length) // values)
+        return Blocks(self._layout, self._data[:, blocks])
 
     def __getitem__(self, rows: Tensor) -> "Blocks":
         return Blocks(self._layout, self._data[rows.numpy()])
