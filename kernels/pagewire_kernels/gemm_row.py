@@ -3,8 +3,9 @@ SiLU * up or the residual after.
 
 A launch costs a small model as much as its work, so a layer of one row has five kernels instead of
 nine. The norm's factor is a number for the whole row: it multiplies the sums at the end, and each
-program adds up the squares beside its products. Arithmetic is float32. Weights may be codes of 8 bits
-(gemm_row_codes.py) or of 4 (gemm_row_int4.py).
+program adds up the squares beside its products. Arithmetic is float32. Weights may be codes of 8
+bits with a scale a row, which multiplies the sums as well; those with more scales go to
+gemm_row_codes.py, those of 4 bits to gemm_row_int4.py.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
@@ -22,7 +23,7 @@ from .activation import silu_mul
 from .gemm_row_codes import CodesRowConfig
 from .gemm_row_int4 import Int4RowConfig
 from .packed_matrix import PackedMatrix
-from .quantized_decode import INT4, TILE
+from .quantized_decode import FP8, INT4, TILE, input_at
 from .row_epilogue import finish
 from .workspace import overlap
 
@@ -42,7 +43,7 @@ class RowConfig:
 Weight = torch.Tensor | PackedMatrix
 """[N, K]: in full, or one that `takes` takes."""
 Config = RowConfig | CodesRowConfig | Int4RowConfig
-"""For weights in full, codes of 8 bits and of 4."""
+"""For full weights and codes with a scale a row, for other codes of 8 bits, and for those of 4."""
 
 
 @triton.jit
@@ -54,31 +55,45 @@ def _weights(weight, n, k, N, K: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _vector(x, k, K: tl.constexpr, EVEN: tl.constexpr):
-    if EVEN:
-        return tl.load(x + k).to(tl.float32)
-    return tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+def _values(w, FORM: tl.constexpr):
+    """Of weights as they are loaded: float32."""
+    if FORM == "int8":
+        return w.to(tl.float32) - 128.0
+    else:
+        return w.to(tl.float32)
 
 
 @triton.jit
-def _row(x, norm, weight, bias, residual, out, N, eps, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-        NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr,
+def _vector(x, k, K: tl.constexpr, EVEN: tl.constexpr, FORM: tl.constexpr):
+    """The inputs whose weights lie at k."""
+    columns = k
+    if FORM != "":
+        columns = input_at(k)
+    if EVEN:
+        return tl.load(x + columns).to(tl.float32)
+    return tl.load(x + columns, mask=k < K, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _row(x, norm, weight, row_scale, bias, residual, out, N, eps, factor, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+        FORM: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr,
         STAGES: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """The first weights, which no other kernel writes, are asked for before the wait for x."""
+    """The first weights, which no other kernel writes, are asked for before the wait for x. FORM
+    empty: weights are no codes."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
-    w = _weights(weight, n, k, N, K, EVEN).to(tl.float32)
+    w = _values(_weights(weight, n, k, N, K, EVEN), FORM)
     up = w
     if GATED:
-        up = _weights(weight + N.to(tl.int64) * K, n, k, N, K, EVEN).to(tl.float32)
+        up = _values(_weights(weight + N.to(tl.int64) * K, n, k, N, K, EVEN), FORM)
     gain = k.to(tl.float32)
     if NORM:
-        gain = _vector(norm, k, K, EVEN)
+        gain = _vector(norm, k, K, EVEN, FORM)
     if PDL:
         gdc_wait()
         if EARLY:
             gdc_launch_dependents()
-    h = _vector(x, k, K, EVEN)
+    h = _vector(x, k, K, EVEN, FORM)
     squares = h * h
     if NORM:
         h = h * gain
@@ -86,20 +101,24 @@ def _row(x, norm, weight, bias, residual, out, N, eps, K: tl.constexpr, BN: tl.c
     acc_up = up * h[None, :]
     for start in tl.range(BK, K, BK, num_stages=STAGES):
         k = start + tl.arange(0, BK)
-        h = _vector(x, k, K, EVEN)
+        h = _vector(x, k, K, EVEN, FORM)
         if NORM:
             squares += h * h
-            h = h * _vector(norm, k, K, EVEN)
-        acc += _weights(weight, n, k, N, K, EVEN).to(tl.float32) * h[None, :]
+            h = h * _vector(norm, k, K, EVEN, FORM)
+        acc += _values(_weights(weight, n, k, N, K, EVEN), FORM) * h[None, :]
         if GATED:
-            up = _weights(weight + N.to(tl.int64) * K, n, k, N, K, EVEN).to(tl.float32)
-            acc_up += up * h[None, :]
+            codes = _weights(weight + N.to(tl.int64) * K, n, k, N, K, EVEN)
+            acc_up += _values(codes, FORM) * h[None, :]
     if PDL and not EARLY:
         gdc_launch_dependents()
     result = tl.sum(acc, 1)
     result_up = result
     if GATED:
         result_up = tl.sum(acc_up, 1)
+    if FORM != "":
+        result *= tl.load(row_scale + n, mask=n < N, other=0.0) * factor
+        if GATED:
+            result_up *= tl.load(row_scale + N + n, mask=n < N, other=0.0) * factor
     scale = 1.0
     if NORM:
         scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
@@ -125,6 +144,15 @@ def pick_config(n: int, k: int, gated: bool) -> RowConfig:
     return RowConfig(2, 1024, 1, 3, early=True) if n <= 4096 else RowConfig(8, 512, 2, 3)
 
 
+def pick_config_of_codes(n: int, k: int, gated: bool) -> RowConfig:
+    """pick_config for codes of 8 bits; measured on an H100 (docs/performance.md)."""
+    if gated:
+        return RowConfig(8, 512, 2, 3)
+    if n > 4096:
+        return RowConfig(4, 512, 1, 3, early=True)
+    return RowConfig(4, 1024, 1, 3, early=True)
+
+
 def takes(matrix: PackedMatrix) -> bool:
     """Whether a quantized matrix can be the weight of these products."""
     if matrix.form == INT4:
@@ -140,18 +168,28 @@ def _launch(x: torch.Tensor, weight: Weight, gated: bool, norm: torch.Tensor | N
         raise ValueError(f"x is {list(x.shape)}, and this product takes one row of {k}")
     if out is None:
         out = torch.empty(1, n, dtype=x.dtype, device=x.device)
-    if isinstance(weight, PackedMatrix):
-        if weight.form == INT4:
-            assert config is None or isinstance(config, Int4RowConfig)
-            gemm_row_int4.launch(x, weight, gated, norm, eps, bias, residual, out, config)
-        else:
-            assert config is None or isinstance(config, CodesRowConfig)
-            gemm_row_codes.launch(x, weight, gated, norm, eps, bias, residual, out, config)
+    if isinstance(weight, PackedMatrix) and weight.form == INT4:
+        assert config is None or isinstance(config, Int4RowConfig)
+        gemm_row_int4.launch(x, weight, gated, norm, eps, bias, residual, out, config)
+        return out
+    if isinstance(weight, PackedMatrix) and (weight.group or isinstance(config, CodesRowConfig)):
+        assert config is None or isinstance(config, CodesRowConfig)
+        gemm_row_codes.launch(x, weight, gated, norm, eps, bias, residual, out, config)
         return out
     assert config is None or isinstance(config, RowConfig)
-    c = config or pick_config(n, k, gated)
+    values = weight
+    row_scale = None
+    form = ""
+    factor = 1.0
+    if isinstance(weight, PackedMatrix):
+        kind = torch.float8_e4m3fn if weight.form == FP8 else torch.uint8
+        values = weight.words.view(kind)
+        row_scale = weight.row_scale
+        form = weight.form
+        factor = weight.factor
+    c = config or (pick_config_of_codes(n, k, gated) if form else pick_config(n, k, gated))
     _row[(triton.cdiv(n, c.block_n),)](
-        x, norm, weight, bias, residual, out, n, eps, K=k, BN=c.block_n, BK=c.block_k,
+        x, norm, values, row_scale, bias, residual, out, n, eps, factor, K=k, BN=c.block_n, BK=c.block_k, FORM=form,
         NORM=norm is not None, GATED=gated, BIAS=bias is not None, ADD=residual is not None,
         EVEN=k % c.block_k == 0 and n % c.block_n == 0, STAGES=c.stages, EARLY=c.early, num_warps=c.warps,
         **overlap(x.device))  # fmt: skip

@@ -106,11 +106,16 @@ def _inputs(x, place, K: tl.constexpr):
 
 @triton.jit
 def _times(w, h, BYTE: tl.constexpr, FORM: tl.constexpr):
-    """A byte of words [threads, rows, 4] times inputs [threads, 4]; int8 with an offset of 128."""
-    code = (w >> (8 * BYTE)) & 255
+    """A byte of words [threads, rows, 4] times inputs [threads, 4]. int8: times 1 + byte / 256,
+    whose bits are those of 1 and the byte's in the mantissa. The conversion of an integer takes a
+    unit that has a quarter of the others' speed."""
     if FORM == "fp8":
-        code = code.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
-    return code.to(tl.float32) * h[:, None, :]
+        value = ((w >> (8 * BYTE)) & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+        return value.to(tl.float32) * h[:, None, :]
+    else:
+        shifted = w << (15 - 8 * BYTE) if BYTE < 2 else w >> (8 * BYTE - 15)
+        value = ((shifted & 0x7F8000) | 0x3F800000).to(tl.float32, bitcast=True)
+        return value * h[:, None, :]
 
 
 @triton.jit
@@ -124,14 +129,15 @@ def _by_two(sums):
 @triton.jit
 def _scaled(w, s, a, b, c, d, FORM: tl.constexpr, GROUP: tl.constexpr):
     """A step's share of each row, [threads, rows]: words w times inputs a to d, by scales s."""
-    OFFSET: tl.constexpr = 128.0 if FORM == "int8" else 0.0
+    UNIT: tl.constexpr = 256.0 if FORM == "int8" else 1.0
+    OFFSET: tl.constexpr = 1.5 if FORM == "int8" else 0.0
     sums = _times(w, a, 0, FORM) + _times(w, b, 1, FORM)
     sums += _times(w, c, 2, FORM) + _times(w, d, 3, FORM)
     inputs = (a + b + c + d)[:, None, :]
     if GROUP == 0:
         result = tl.sum(sums, 2)
         if FORM == "int8":
-            result -= OFFSET * tl.sum(inputs, 2)
+            result = (result - OFFSET * tl.sum(inputs, 2)) * UNIT
         return result
     else:
         if GROUP == 32:
@@ -142,7 +148,7 @@ def _scaled(w, s, a, b, c, d, FORM: tl.constexpr, GROUP: tl.constexpr):
             inputs = tl.sum(inputs, 2)[:, :, None]
         scale = (s & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         zero = (s >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        return tl.sum((sums - (zero + OFFSET) * inputs) * scale, 2)
+        return tl.sum((sums - (zero * (1 / UNIT) + OFFSET) * inputs) * (scale * UNIT), 2)
 
 
 @triton.jit

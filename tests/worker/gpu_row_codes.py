@@ -21,7 +21,7 @@ if "cpu" in sys.argv:
     import ops.conftest  # noqa: F401  # mends the interpreter
 
 import torch
-from pagewire_kernels import gemm_row_codes, gemm_row_int4
+from pagewire_kernels import gemm_row, gemm_row_codes, gemm_row_int4
 from pagewire_kernels.gemm_quantized import quantized_linear
 from pagewire_kernels.gemm_row import Config
 from pagewire_kernels.gemm_row_codes import CodesRowConfig
@@ -86,6 +86,8 @@ def timed(bits: int, group: int, n: int, k: int) -> str:
     gated = name == "norm_gated"
     results = n // 2 if gated else n
     chosen: Config = gemm_row_codes.pick_config(results, k, gated)
+    if not group:
+        chosen = gemm_row.pick_config_of_codes(results, k, gated)
     configs: set[Config] = set(_candidates())
     if bits == 4:
         chosen = gemm_row_int4.pick_config(results, k, gated, name.startswith("norm"), group)
