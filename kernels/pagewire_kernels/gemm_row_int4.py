@@ -53,10 +53,11 @@ RESIDENT_OF_SMALL_GROUPS: Final = {
     ("gated", 2): 5,
     ("norm", 8): 3,
     ("plain", 8): 3,
+    ("plain", 4): 7,
     ("pair", 4): 3,
 }
 """The same of groups under 128, with more scales a step."""
-MOST_SPLITS: Final = 12
+MOST_SPLITS: Final = 14
 SMALL: Final = 2
 """Chunks of the steps whose programs take so few registers that several rounds of them do no harm."""
 LEAST_SMALL_STEPS: Final = 4

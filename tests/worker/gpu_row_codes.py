@@ -72,9 +72,9 @@ def check(device: str) -> list[str]:
 
 
 def _candidates() -> Iterator[CodesRowConfig]:
-    for block_n, warps in itertools.product((2, 4, 8), (1, 2, 4, 8)):
+    for block_n, warps in itertools.product((2, 4), (1, 2, 4, 8)):
         yield CodesRowConfig(block_n, warps)
-    yield CodesRowConfig(4, 4, early=False)
+    yield CodesRowConfig(8, 8)
 
 
 def timed(bits: int, group: int, n: int, k: int) -> str:
