@@ -99,6 +99,9 @@ def faults(
     matrix = matrices.parts[0]
     n, k = matrix.shape
     device = matrix.words.device.type
+    if device == "cuda":
+        # kernels read weights before their wait: what makes these must be over
+        torch.cuda.synchronize()
     full = matrices.dense(torch.float32).clone()
     rows = torch.randn(ROWS, 1, k, device=device).to(dtype)
     others = around(k, n, dtype, device)
