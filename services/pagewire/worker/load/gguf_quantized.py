@@ -2,7 +2,8 @@
 
 Codes stay in their blocks until they are packed: a model's are too many to be held twice, or to be
 moved more often than once. For a GPU blocks are moved there, and taken apart by it. Layouts:
-ggml's ggml-common.h (block_q4_0 to block_q6_K, block_iq4_nl and block_iq4_xs). Other types with lookup tables, and those of less than 4 bits, are not among them.
+ggml's ggml-common.h (block_q4_0 to block_q6_K, block_iq4_nl and block_iq4_xs). Other types with
+lookup tables, and those of less than 4 bits, are not among them.
 """
 
 import warnings
