@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, NamedTuple
 
 import torch
+import triton.language as tl
 from triton import knobs
 
 from . import workspace
@@ -31,6 +32,12 @@ class Wanted(NamedTuple):
     specialization: str
 
 
+def _named_like_a_type(constant: object) -> bool:
+    """Whether a constant is a text that `preload` would take for one of Triton's types: "int8" is
+    not equal to the type, so that another kernel would be compiled, and found by the launch."""
+    return isinstance(constant, str) and tl.dtype.is_dtype(constant)
+
+
 @contextlib.contextmanager
 def noting(wanted: dict[Wanted, None]) -> Iterator[None]:
     """Note in `wanted` what would be compiled. What kernels were to fill holds nothing meaningful
@@ -38,6 +45,8 @@ def noting(wanted: dict[Wanted, None]) -> Iterator[None]:
     runtime: Any = knobs.runtime
 
     def note(**told: Any) -> bool:
+        if any(map(_named_like_a_type, told["compile"]["constants"].values())):
+            return False  # compiled by its launch
         wanted[Wanted(told["fn"].jit_function, told["compile"]["specialization_data"])] = None
         return True  # neither compiled nor launched
 

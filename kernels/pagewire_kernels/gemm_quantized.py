@@ -117,7 +117,7 @@ def add_product(acc, w, rows, tables, scales, n, step, NP, BN: tl.constexpr, BK:
     OFFSET: tl.constexpr = (
         0.0 if ASM == "" or FORM != "int4" else (128.0 if tl.bfloat16 == DT else 1024.0)
     )
-    TABLE: tl.constexpr = FORM != "int4" and FORM != "int8" and FORM != "fp8"
+    TABLE: tl.constexpr = FORM != "int4" and FORM != "byte" and FORM != "fp8"
     c = decode(by_thread(w, FORM), tables, n, BN, BK, FORM, DT, ASM)
     if LATE:
         pair = tl.load(scales + step * BK // GROUP * NP + n)
@@ -138,7 +138,7 @@ def _quantized(x, words, table, scales, row_scale, bias, out, part, arrived, x_s
     """Steps split * span to (split + 1) * span of BK inputs each. GROUP 0: one scale a row.
     LATE: sums of a step, or of each group of it, are scaled instead of its weights."""
     DT: tl.constexpr = tl.float32 if ASM == "" else x.dtype.element_ty
-    TABLE: tl.constexpr = FORM != "int4" and FORM != "int8" and FORM != "fp8"
+    TABLE: tl.constexpr = FORM != "int4" and FORM != "byte" and FORM != "fp8"
     PART: tl.constexpr = GROUP if LATE and GROUP < BK else BK
     tile = tl.program_id(1)
     split = tl.program_id(2)
@@ -204,7 +204,7 @@ def _dequantize(words, table, scales, row_scale, out, N, NP, factor, K, BN: tl.c
     step = tl.program_id(1)
     n = tile * BN + tl.arange(0, BN)
     w = tl.load(words + offsets(tile, K, BN, BK, FORM) + step * words_a_step(BK, FORM))
-    TABLE: tl.constexpr = FORM != "int4" and FORM != "int8" and FORM != "fp8"
+    TABLE: tl.constexpr = FORM != "int4" and FORM != "byte" and FORM != "fp8"
     c = decode(by_thread(w, FORM), table, n, BN, BK, FORM, DT, ASM)
     if GROUP > 0:
         c = _scaled(c, scales, n, step, NP, BN, BK, GROUP, OFFSET, REST, TABLE)

@@ -57,7 +57,7 @@ def _weights(weight, n, k, N, K: tl.constexpr, EVEN: tl.constexpr):
 @triton.jit
 def _values(w, FORM: tl.constexpr):
     """Of weights as they are loaded: float32."""
-    if FORM == "int8":
+    if FORM == "byte":
         return w.to(tl.float32) - 128.0
     else:
         return w.to(tl.float32)

@@ -106,7 +106,7 @@ def _inputs(x, place, K: tl.constexpr):
 
 @triton.jit
 def _times(w, h, BYTE: tl.constexpr, FORM: tl.constexpr):
-    """A byte of words [threads, rows, 4] times inputs [threads, 4]. int8: times 1 + byte / 256,
+    """A byte of words [threads, rows, 4] times inputs [threads, 4]. INT8: times 1 + byte / 256,
     whose bits are those of 1 and the byte's in the mantissa. The conversion of an integer takes a
     unit that has a quarter of the others' speed."""
     if FORM == "fp8":
@@ -129,14 +129,14 @@ def _by_two(sums):
 @triton.jit
 def _scaled(w, s, a, b, c, d, FORM: tl.constexpr, GROUP: tl.constexpr):
     """A step's share of each row, [threads, rows]: words w times inputs a to d, by scales s."""
-    UNIT: tl.constexpr = 256.0 if FORM == "int8" else 1.0
-    OFFSET: tl.constexpr = 1.5 if FORM == "int8" else 0.0
+    UNIT: tl.constexpr = 256.0 if FORM == "byte" else 1.0
+    OFFSET: tl.constexpr = 1.5 if FORM == "byte" else 0.0
     sums = _times(w, a, 0, FORM) + _times(w, b, 1, FORM)
     sums += _times(w, c, 2, FORM) + _times(w, d, 3, FORM)
     inputs = (a + b + c + d)[:, None, :]
     if GROUP == 0:
         result = tl.sum(sums, 2)
-        if FORM == "int8":
+        if FORM == "byte":
             result = (result - OFFSET * tl.sum(inputs, 2)) * UNIT
         return result
     else:

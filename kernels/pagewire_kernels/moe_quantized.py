@@ -56,7 +56,7 @@ def _grouped_quantized(x, words, table, scales, row_scale, factors, unit, out, o
     the expert of each pair. unit: times all sums, beside the factors."""
     DT: tl.constexpr = tl.float32 if ASM == "" else x.dtype.element_ty
     PART: tl.constexpr = GROUP if LATE and GROUP < BK else BK
-    WORDS: tl.constexpr = K // 4 if FORM == "int8" or FORM == "fp8" else K // 8
+    WORDS: tl.constexpr = K // 4 if FORM == "byte" or FORM == "fp8" else K // 8
     tile = tl.program_id(0)
     slot = tl.program_id(1)
     n = tile * BN + tl.arange(0, BN)
@@ -87,7 +87,7 @@ def _grouped_quantized(x, words, table, scales, row_scale, factors, unit, out, o
         own = table + first * each * 16
         tables = tables_of(own, tile, BN, FORM, DT, ASM)
         up_tables = tables_of(own + (HALVES - 1) * each * 16, tile, BN, FORM, DT, ASM)
-    elif FORM != "int4" and FORM != "int8" and FORM != "fp8":
+    elif FORM != "int4" and FORM != "byte" and FORM != "fp8":
         tables = tables_of(table, tile, BN, FORM, DT, ASM)
         up_tables = tables
     scale_at = scales

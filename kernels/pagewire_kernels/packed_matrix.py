@@ -15,7 +15,7 @@ class PackedMatrix:
     """A weight [N, K] as these kernels read it. N is filled up to NP, a multiple of TILE, with
     zeros.
 
-    words: codes, int32 [NP / 64, K / 64, 128, 4], in 8 bits [NP, K / 4]. form: int4, int8, fp8
+    words: codes, int32 [NP / 64, K / 64, 128, 4], in 8 bits [NP, K / 4]. form: int4, byte, fp8
     (e4m3) or one of lookup_tables. scales: int32 [K / group, NP], the bits of a scale and above
     them those of a zero point, both float16, or with a table those of a float32; rest: some zero
     points are no whole numbers. row_scale: float32 [NP], where there are no groups (group 0).

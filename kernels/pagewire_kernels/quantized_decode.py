@@ -26,7 +26,9 @@ from .table_lookup import LOOKUPS, looked_up
 TILE: Final = 64
 """Weight rows whose codes lie together."""
 INT4: Final = "int4"
-INT8: Final = "int8"
+INT8: Final = "byte"
+"""Codes of 0 to 255 that stand for 128 less. Not a name of one of Triton's types, for which
+JITFunction.preload would take it (compile_ahead.py)."""
 FP8: Final = "fp8"
 """float8_e4m3fn."""
 EIGHT_BITS: Final = (INT8, FP8)
@@ -86,10 +88,10 @@ DECODERS: Final[dict[tuple[str, torch.dtype], str]] = {
     ("int4", torch.float16): _int4("0x64006400"),
     ("fp8", torch.bfloat16): _fp8(4, "0x07f007f0", "0x7b807b80", "bf16x2"),
     ("fp8", torch.float16): _fp8(7, "0x3f803f80", "0x5c005c00", "f16x2"),
-    ("int8", torch.bfloat16): _int8(
+    ("byte", torch.bfloat16): _int8(
         "0x43004300", "0x41804180", "0xc508c508", "0x3f803f80", "0xc300c300", "bf16x2"
     ),
-    ("int8", torch.float16): _int8(
+    ("byte", torch.float16): _int8(
         "0x64006400", "0x4c004c00", "0xf408f408", "0x3c003c00", "0xe400e400", "f16x2"
     ),
 } | LOOKUPS
@@ -144,7 +146,7 @@ def decode(
 ):
     """words int32 [2 * ROWS, words a thread] of rows n [ROWS] -> [ROWS, BK]: int4: code + 128 in
     bfloat16, + 1024 in float16; others: the values. tables: of tables_of."""
-    FOUR: tl.constexpr = FORM != "int8" and FORM != "fp8"
+    FOUR: tl.constexpr = FORM != "byte" and FORM != "fp8"
     if ASM == "":
         WORDS: tl.constexpr = words.shape[1]
         EACH: tl.constexpr = 8 if FOUR else 4
@@ -165,7 +167,7 @@ def decode(
                 c = tl.load(tables + c)
         else:
             byte = (w >> (8 * i)[None, None, :]) & 255
-            if FORM == "int8":  # noqa: SIM108
+            if FORM == "byte":  # noqa: SIM108
                 c = byte.to(tl.float32) - 128.0
             else:
                 c = byte.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
@@ -185,7 +187,7 @@ def decode(
 @triton.jit
 def by_thread(words, FORM: tl.constexpr):
     """Words as `offsets` lays them out -> [threads, words]."""
-    if FORM != "int8" and FORM != "fp8":
+    if FORM != "byte" and FORM != "fp8":
         CHUNKS: tl.constexpr = words.shape[0]
         THREADS: tl.constexpr = words.shape[1]
         return tl.reshape(tl.permute(words, [1, 0, 2]), [THREADS, 4 * CHUNKS])
@@ -201,7 +203,7 @@ def by_thread(words, FORM: tl.constexpr):
 def offsets(tile, K, BN: tl.constexpr, BK: tl.constexpr, FORM: tl.constexpr):
     """Where the words of a step lie, from the tile's first step on: in 4 bits [chunks, 2 * BN
     threads, 4], in 8 bits [BN, BK / 4]."""
-    if FORM != "int8" and FORM != "fp8":
+    if FORM != "byte" and FORM != "fp8":
         CHUNKS: tl.constexpr = BK // 64
         thread = tl.arange(0, 2 * BN)
         strip = tile * (BN // 64) + thread // 128
@@ -216,7 +218,7 @@ def offsets(tile, K, BN: tl.constexpr, BK: tl.constexpr, FORM: tl.constexpr):
 @triton.jit
 def words_a_step(BK: tl.constexpr, FORM: tl.constexpr):
     """By how much `offsets` grow from one step to the next."""
-    return BK // 4 if FORM == "int8" or FORM == "fp8" else BK * 8
+    return BK // 4 if FORM == "byte" or FORM == "fp8" else BK * 8
 
 
 @triton.jit
@@ -232,7 +234,7 @@ def input_at(place):
 
 def pack_words(codes: Tensor, form: str) -> Tensor:
     """codes [N, K] uint8, N and K multiples of 64: 0 to 15, in 8 bits the byte that is decoded
-    (int8: + 128) -> words as in packed_matrix.PackedMatrix."""
+    (INT8: + 128) -> words as in packed_matrix.PackedMatrix."""
     n, k = codes.shape
     if form in EIGHT_BITS:
         by_span = codes.view(n, k // SPAN, SPAN)

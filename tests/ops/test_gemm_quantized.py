@@ -292,7 +292,7 @@ def test_bytes_are_known_before(case: str) -> None:
 @pytest.mark.parametrize(
     ("n", "k"), [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128, 64), (256, 192)]
 )
-@pytest.mark.parametrize("form", ["int4", "int8"])
+@pytest.mark.parametrize("form", ["int4", "byte"])
 def test_launch_shapes_cover_the_matrix(form: str, n: int, k: int, rows: int) -> None:
     shape = (n // 64, k // 64, 128, 4) if form == "int4" else (n, k // 4)
     words = torch.empty(shape, dtype=torch.int32, device="meta")
@@ -363,7 +363,7 @@ def test_compiled_products_fit_and_wait_for_their_operands(tmp_path: Path) -> No
     codes = [
         launch
         for launch in launches
-        if launch["launch"].startswith(("one row, int8", "one row, fp8"))
+        if launch["launch"].startswith(("one row, byte", "one row, fp8"))
     ]
     assert len(codes) == 5
     for launch in codes:
