@@ -29,6 +29,8 @@ from .workspace import overlap
 LEAST_FLOAT8_CAPABILITY: Final = (8, 9)
 GROUPS: Final = (0, 16, 32, 64, 128)
 """Inputs that may share a scale; 0: all of a row."""
+LARGEST_LAYER: Final = 1 << 15
+"""Results of a product that is no head."""
 
 
 @dataclass(frozen=True)
@@ -217,8 +219,24 @@ def _row_codes(x, norm, words, scales, row_scale, bias, residual, out, N, NP, ep
 
 @functools.cache
 def pick_config(n: int, k: int, gated: bool) -> CodesRowConfig:
-    """The launch shape for n results of inner size k. Not measured yet."""
-    return CodesRowConfig(4, 4 if k >= 2048 else 2)
+    """The launch shape for n results of inner size k: measured on an H200 at the sizes of an 8B
+    layer and its head, in groups of 16 and 32 (docs/performance.md)."""
+    block_n, warps = _shape(n, k, gated)
+    # no warps without inputs
+    return CodesRowConfig(block_n, min(warps, triton.next_power_of_2(triton.cdiv(k, 512))))
+
+
+def _shape(n: int, k: int, gated: bool) -> tuple[int, int]:
+    """(block_n, warps)."""
+    if gated:
+        return 4, 2
+    if n > LARGEST_LAYER:
+        return 4, 1
+    if k > 8192:
+        return 4, 4
+    if n <= 2048:
+        return 4, 8
+    return (8, 8) if n > 4096 else (4, 4)
 
 
 def takes(matrix: PackedMatrix) -> bool:

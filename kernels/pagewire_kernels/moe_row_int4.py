@@ -26,6 +26,9 @@ from .row_int4_loop import read_step, sum_of_parts, sums_of
 from .row_int4_products import TYPES, assembly, in_columns, rows_of
 from .workspace import counters, overlap
 
+SMALL_INNER: Final = 2048
+SMALL_CHUNKS: Final = 4
+"""Of gate and up whose inner dimension is SMALL_INNER at most: their splits have two steps."""
 PROGRAMS: Final = 7
 """Of the second product for each multiprocessor, at most; with one split there may be more."""
 
@@ -119,11 +122,15 @@ def takes(x: Tensor, gate_up: PackedExperts, down: PackedExperts) -> bool:
 
 @functools.cache
 def pick_up(n: int, k: int, top_k: int, group: int) -> Int4RowConfig:
-    """The launch shape of gate and up of `top_k` experts: that of one product with all their rows.
+    """The launch shape of gate and up of `top_k` experts: short splits where the inner dimension is
+    small, else that of one product with all their rows.
 
     H200, 2026-11-30, groups of 128, us of both products by (chunks, splits) of this one:
-    Qwen3-30B-A3B (8, 2) 15.4, which is chosen, (4, 2) 16.4; Mixtral 8x7B (2, 8) 64.1, which is
-    chosen, (2, 4) 63.1, (8, 1) 62.6."""
+    Qwen3-30B-A3B (2, 8) 12.3, (4, 4) 12.4, which is chosen, (8, 2) 13.4, (4, 2) 14.7; Mixtral 8x7B
+    (8, 1) 60.1, (2, 4) 60.2, (2, 8) 60.7, which is chosen, (4, 4) 63.0."""
+    steps = k // 64 // SMALL_CHUNKS
+    if k <= SMALL_INNER and k % (128 * SMALL_CHUNKS) == 0:
+        return Int4RowConfig(2, SMALL_CHUNKS, steps // 2, early=True)
     return gemm_row_int4.pick_config(n * top_k, k, True, False, group)
 
 
@@ -134,9 +141,9 @@ def pick_down(n: int, k: int, top_k: int) -> Int4RowConfig:
 
     More programs are better than a multiprocessor holds at a time. H200, 2026-11-30, groups of 128,
     us of both products by (chunks, splits) of this one: Qwen3-30B-A3B (n 2,048, k 768, 8 experts)
-    (2, 3) 14.3, (4, 2) 15.4, (2, 2) 15.7, (8, 1) 16.0, (4, 1) 17.5; Mixtral 8x7B (n 4,096,
-    k 14,336, 2 experts) (8, 7) 60.8, (4, 8) 62.1, (2, 8) 63.0, (8, 4) 64.0, (8, 2) 68.1. The choice
-    is (4, 3), not measured, and (8, 7)."""
+    (4, 3) 13.4, which is chosen, (2, 3) 14.2, (4, 2) 15.1, (8, 1) 15.8, (4, 1) 17.4; Mixtral 8x7B
+    (n 4,096, k 14,336, 2 experts) (4, 14) 60.6, (8, 7) 60.9, which is chosen, (4, 8) 62.3, (8, 4)
+    64.5, (8, 2) 68.6."""
     most = max(1, MULTIPROCESSORS * PROGRAMS // (triton.cdiv(n, TILE) * top_k))
     ranks: dict[tuple[bool, int, int], Int4RowConfig] = {}
     for chunks in [c for c in (8, 4, 2) if k // 64 % c == 0] or [4]:
