@@ -260,9 +260,10 @@ def main() -> int:
             "a table a row": row_tables,
         }
         numbers = {"4 bits, groups of 128": lambda w: quantize(w, 4, 128, whole_zeros=True)}
-        for line in product_times.lines(numbers | tables) if options.times else ():
+        forms = {title: form for title, form in (numbers | tables).items() if options.only in title}
+        for line in product_times.lines(forms) if options.times else ():
             print(line, flush=True)
-        for line in product_times.shapes(tables) if options.shapes else ():
+        for line in product_times.shapes(forms) if options.shapes else ():
             print(line, flush=True)
     return status
 
