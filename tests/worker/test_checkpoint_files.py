@@ -15,7 +15,7 @@ from pagewire.checkpoint import end_tokens, gguf_files, model_types
 from pagewire.checkpoint.chat_templates import read_option
 from pagewire.config import ModelConfig
 from pagewire.worker.load import loader
-from pagewire.worker.load.gguf_file import LAYER_NAMES, TOP_NAMES
+from pagewire.worker.load.gguf_architectures import LAYER_NAMES, TOP_NAMES
 from pagewire.worker.models import FAMILIES
 from pagewire.worker.models.architecture import Unsupported
 from safetensors.torch import load_file, save_file

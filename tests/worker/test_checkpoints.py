@@ -9,7 +9,7 @@ import pytest
 import torch
 from pagewire.config import ModelConfig
 from pagewire.worker.load import kv_sizing, loader
-from pagewire.worker.load.gguf_file import LAYER_NAMES, TOP_NAMES
+from pagewire.worker.load.gguf_architectures import LAYER_NAMES, TOP_NAMES
 from pagewire.worker.models import describe
 from pagewire.worker.models.architecture import Unsupported
 from pagewire.worker.models.cache_spec import cache_spec

@@ -6,11 +6,12 @@ dequantization is the `gguf` library's. Format: the GGUF specification in ggml's
 """
 
 import contextlib
+import functools
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from pagewire_kernels.quantized import Quantized
 
 from ...checkpoint import end_tokens, gguf_files, model_types
 from ..models.architecture import Config, Unsupported
-from . import gguf_quantized
+from . import gguf_architectures, gguf_quantized
+from .gguf_architectures import GgufArchitecture
 
 SCALARS: Final = {
     0: "<B",
@@ -35,19 +37,6 @@ SCALARS: Final = {
 }
 STRING: Final = 8
 ARRAY: Final = 9
-LAYER_NAMES: Final = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 TYPE_SIZES: Final = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24),
     8: ("Q8_0", 32, 34), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 20: ("IQ4_NL", 32, 18),
@@ -55,11 +44,8 @@ TYPE_SIZES: Final = {
 }  # fmt: skip
 """The usual types: name, values of a block, its bytes. Others are looked up in the `gguf` library,
 which takes a while to import."""
-TOP_NAMES: Final = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
+MATRIX_DIMENSIONS: Final = (2, 3)
+"""Of a matrix, and of all experts' together."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +56,20 @@ class Entry:
     ggml_type: int
     offset: int
     part: "_Part"
+
+    @property
+    def matrices(self) -> int:
+        """How many: those of all experts are one tensor."""
+        return self.shape[0] if len(self.shape) == 3 else 1
+
+
+class Place(NamedTuple):
+    """One weight: the tensor of the file that has it, its name in a Hugging Face checkpoint, and of
+    a tensor of all experts the number of the one."""
+
+    tensor: str
+    name: str
+    expert: int = 0
 
 
 class _Part:
@@ -208,10 +208,12 @@ class Gguf:
     def type_counts(self) -> dict[str, int]:
         """How many weights have which of ggml's types."""
         counts: dict[str, int] = {}
-        for number in (entry.ggml_type for entry in self.entries.values() if len(entry.shape) == 2):
+        for entry in self.entries.values():
+            if len(entry.shape) not in MATRIX_DIMENSIONS:
+                continue
             with contextlib.suppress(ValueError):
-                type_name, _, _ = _type_of(number)
-                counts[type_name] = counts.get(type_name, 0) + 1
+                type_name, _, _ = _type_of(entry.ggml_type)
+                counts[type_name] = counts.get(type_name, 0) + entry.matrices
         return counts
 
     def count_bytes(self, kept: Mapping[str, float], itemsize: int) -> int:
@@ -222,21 +224,26 @@ class Gguf:
             with contextlib.suppress(ValueError):
                 name, _, _ = _type_of(entry.ggml_type)
                 total += float(np.prod(entry.shape)) * (
-                    kept.get(name, itemsize) if len(entry.shape) == 2 else itemsize
+                    kept.get(name, itemsize) if len(entry.shape) in MATRIX_DIMENSIONS else itemsize
                 )
         return int(total)
 
+    def _field(self, name: str, default: Any = None) -> Any:
+        return self.metadata.get(f"{self.metadata.get('general.architecture')}.{name}", default)
+
+    @functools.cached_property
+    def architecture(self) -> GgufArchitecture:
+        """Raises Unsupported for one that is not built."""
+        name = self.metadata.get("general.architecture")
+        model_types.check_gguf(name)
+        return gguf_architectures.of(str(name), self._field)
+
     def config(self) -> Config:
         """The metadata under the names of a config.json."""
-        architecture = self.metadata.get("general.architecture")
-        model_types.check_gguf(architecture)
-
-        def field(name: str, default: Any = None) -> Any:
-            return self.metadata.get(f"{architecture}.{name}", default)
-
+        field = self._field
         heads = field("attention.head_count")
         config = {
-            "model_type": architecture,
+            "model_type": self.architecture.family,
             "vocab_size": self.entries["token_embd.weight"].shape[0],
             "hidden_size": field("embedding_length"),
             "intermediate_size": field("feed_forward_length"),
@@ -248,6 +255,7 @@ class Gguf:
             "max_position_embeddings": field("context_length"),
             "tie_word_embeddings": "output.weight" not in self.entries,
             "rope_parameters": self._rope(field),
+            **self.architecture.settings(field),
         }
         return {name: value for name, value in config.items() if value is not None}
 
@@ -276,38 +284,56 @@ class Gguf:
             self.metadata, self._parts[0].find_tokens, vocab_size, tokenizer, template
         )
 
-    def names(self) -> Iterator[tuple[str, str]]:
-        """(name in the file, name in a Hugging Face checkpoint) of every weight."""
-        for name in self.entries:
-            if name != "rope_freqs.weight":
-                yield name, checkpoint_name(name)
+    def places(self) -> Iterator[Place]:
+        """Of every weight."""
+        for name, entry in self.entries.items():
+            if name == "rope_freqs.weight":
+                continue
+            if gguf_architectures.holds_experts(name):
+                for expert in range(entry.matrices):
+                    yield Place(name, gguf_architectures.expert_name(name, expert), expert)
+            else:
+                yield Place(name, gguf_architectures.checkpoint_name(name, self.architecture))
 
     def weight(
-        self, name: str, config: Config, quantized: bool = False
+        self, place: Place, config: Config, quantized: bool = False
     ) -> torch.Tensor | Quantized:
         """In torch's shape, with the rows of Llama's queries and keys back in the order of the
         checkpoint: float32, or where `quantized` and the type can stay so, as it is in the file."""
-        value = self._quantized(name) if quantized else None
+        name = place.tensor
+        value = self._quantized(place) if quantized else None
         if value is None:
-            value = torch.from_numpy(self.tensor(name))
+            value = torch.from_numpy(self._full(place))
         matrix = name.split(".")[-2]
-        if config["model_type"] == "llama" and matrix in ("attn_q", "attn_k"):
+        if self.architecture.permuted and matrix in ("attn_q", "attn_k"):
             heads = config["num_attention_heads" if matrix == "attn_q" else "num_key_value_heads"]
             rows = torch.from_numpy(unpermute(np.arange(value.shape[0]), heads))
             return value.take(rows) if isinstance(value, Quantized) else value[rows]
+        if matrix in gguf_architectures.ONE_ROW and isinstance(value, torch.Tensor):
+            return value.view(1, -1)
         return value
 
-    def _quantized(self, name: str) -> Quantized | None:
+    def _quantized(self, place: Place) -> Quantized | None:
         """None where the tensor is no matrix, or of another type."""
-        if len(self.entries[name].shape) != 2:
+        if len(self.entries[place.tensor].shape) not in MATRIX_DIMENSIONS:
             return None
-        with self._read_errors(name):
-            type_name, size, raw = self._raw(name)
-            return (
-                gguf_quantized.take_apart(type_name, raw, size)
-                if type_name in gguf_quantized.TYPES
-                else None
+        with self._read_errors(place.tensor):
+            type_name, size, raw = self._raw(place.tensor)
+            if type_name not in gguf_quantized.TYPES:
+                return None
+            return gguf_quantized.take_apart(
+                type_name, raw[place.expert] if raw.ndim == 3 else raw, size
             )
+
+    def _full(self, place: Place) -> np.ndarray:
+        """Dequantized, float32."""
+        entry = self.entries[place.tensor]
+        if len(entry.shape) < 3:
+            return self.tensor(place.tensor)
+        with self._read_errors(place.tensor):
+            type_name, _, raw = self._raw(place.tensor)
+            full = _full(type_name, entry.ggml_type, raw[place.expert])
+            return np.require(full, np.float32, "W").reshape(entry.shape[1:])
 
 
 def _type_of(number: int) -> tuple[str, int, int]:
@@ -328,18 +354,6 @@ def _full(type_name: str, number: int, raw: np.ndarray) -> np.ndarray:
     from gguf.quants import dequantize
 
     return dequantize(raw, GGMLQuantizationType(number))
-
-
-def checkpoint_name(name: str) -> str:
-    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight. Names without a counterpart
-    stay, and loading refuses them."""
-    head, _, suffix = name.rpartition(".")
-    if head in TOP_NAMES:
-        return f"{TOP_NAMES[head]}.{suffix}"
-    parts = head.split(".")
-    if len(parts) == 3 and parts[0] == "blk" and parts[2] in LAYER_NAMES:
-        return f"model.layers.{parts[1]}.{LAYER_NAMES[parts[2]]}.{suffix}"
-    return name
 
 
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:

@@ -236,13 +236,10 @@ def from_gguf(
 ) -> Iterator[Value]:
     """Every weight, by as many threads as torch uses: as Quantized where asked for and its type is
     one of those that can stay so, else dequantized to float32."""
-    names = [pair for pair in file.names() if not skip(pair[1])]
+    places = [place for place in file.places() if not skip(place.name)]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for first in range(0, len(names), GROUP):
-            group = names[first : first + GROUP]
-            for (_, name), value in zip(
-                group,
-                pool.map(lambda pair: file.weight(pair[0], config, quantized), group),
-                strict=True,
-            ):
-                yield name, value
+        for first in range(0, len(places), GROUP):
+            group = places[first : first + GROUP]
+            values = pool.map(lambda place: file.weight(place, config, quantized), group)
+            for place, value in zip(group, values, strict=True):
+                yield place.name, value

@@ -1,0 +1,138 @@
+"""What the architectures of GGUF files are here: the family that serves them, what their metadata
+means as a config.json, and the names of tensors that not all of them have.
+
+Written by llama.cpp's convert_hf_to_gguf.py, whose changes to tensors are undone by gguf_file.py.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from ..models.architecture import Config
+
+Key = Callable[..., Any]
+"""(name, default=None): the metadata of that name after the architecture's."""
+
+
+def _nothing(key: Key) -> Config:
+    return {}
+
+
+@dataclass(frozen=True)
+class GgufArchitecture:
+    """family: the config.json's model_type. settings: what config.json has beyond what all have.
+    names: of a layer's tensors, beyond LAYER_NAMES; without .weight. permuted: queries and keys
+    are in the order of a rotation of neighbours."""
+
+    family: str
+    settings: Callable[[Key], Config] = _nothing
+    names: Mapping[str, str] = field(default_factory=dict[str, str])
+    permuted: bool = False
+
+
+LAYER_NAMES: Final = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+}
+"""Of a layer, in a file and in a checkpoint."""
+EXPERTS: Final = {
+    "ffn_gate_exps": "gate_proj",
+    "ffn_up_exps": "up_proj",
+    "ffn_down_exps": "down_proj",
+}
+"""Tensors of all experts of a layer, [experts, rows, columns]."""
+ONE_ROW: Final = ("ffn_gate_inp_shexp",)
+"""Matrices of one row, which files have as vectors."""
+TOP_NAMES: Final = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+"""Outside layers."""
+
+
+def _mixtral(key: Key) -> Config:
+    return {
+        "num_local_experts": key("expert_count"),
+        "num_experts_per_tok": key("expert_used_count"),
+    }
+
+
+def _mixture(key: Key) -> Config:
+    return {
+        "num_experts": key("expert_count"),
+        "num_experts_per_tok": key("expert_used_count"),
+        "moe_intermediate_size": key("expert_feed_forward_length"),
+    }
+
+
+def _qwen3_moe(key: Key) -> Config:
+    return {**_mixture(key), "norm_topk_prob": True}
+
+
+def _qwen2_moe(key: Key) -> Config:
+    return {
+        **_mixture(key),
+        "norm_topk_prob": False,
+        "shared_expert_intermediate_size": key("expert_shared_feed_forward_length"),
+    }
+
+
+ARCHITECTURES: Final = {
+    "llama": GgufArchitecture("llama", permuted=True),
+    "qwen2": GgufArchitecture("qwen2"),
+    "qwen2moe": GgufArchitecture("qwen2_moe", _qwen2_moe),
+    "qwen3": GgufArchitecture("qwen3"),
+    "qwen3moe": GgufArchitecture("qwen3_moe", _qwen3_moe),
+}
+"""By general.architecture."""
+MIXTRAL: Final = GgufArchitecture("mixtral", _mixtral, permuted=True)
+"""Whose files call themselves llama."""
+
+
+def of(name: str, key: Key) -> GgufArchitecture:
+    """That of a file whose general.architecture is `name`."""
+    return MIXTRAL if name == "llama" and key("expert_count") else ARCHITECTURES[name]
+
+
+def checkpoint_name(name: str, architecture: GgufArchitecture) -> str:
+    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight. Names without a counterpart
+    stay, and loading refuses them."""
+    head, _, suffix = name.rpartition(".")
+    if head in TOP_NAMES:
+        return f"{TOP_NAMES[head]}.{suffix}"
+    parts = head.split(".")
+    if parts[0] != "blk":
+        return name
+    known = {**LAYER_NAMES, **architecture.names}
+    if len(parts) == 3 and parts[2] in known:
+        return f"model.layers.{parts[1]}.{known[parts[2]]}.{suffix}"
+    # files of before experts were put together have a tensor for each
+    if len(parts) == 4 and f"{parts[2]}_exps" in EXPERTS and parts[3].isdigit():
+        return expert_name(f"blk.{parts[1]}.{parts[2]}_exps.{suffix}", int(parts[3]))
+    return name
+
+
+def expert_name(name: str, expert: int) -> str:
+    """blk.3.ffn_up_exps.weight -> model.layers.3.mlp.experts.5.up_proj.weight."""
+    _, number, part, suffix = name.split(".")
+    return f"model.layers.{number}.mlp.experts.{expert}.{EXPERTS[part]}.{suffix}"
+
+
+def holds_experts(name: str) -> bool:
+    """Whether a tensor is of all experts."""
+    return name.split(".")[-2] in EXPERTS
