@@ -121,9 +121,9 @@ class Chain:
 
         def matrix() -> Any:
             values = torch.randn(n, k, device=self._device) * 0.02
-            return ops.pack_expert(quantize(values, 4, 128, whole_zeros=True))
+            return quantize(values, 4, 128, whole_zeros=True)
 
-        return ops.stack_experts(
+        return ops.pack_experts(
             [[matrix() for _ in range(halves)] for _ in range(self.sizes.experts)]
         )
 

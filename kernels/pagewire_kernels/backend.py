@@ -45,13 +45,9 @@ class PackedQuantized(Protocol):
 class QuantizedExpertOps(Protocol):
     """Of a back end whose kernels read the quantized matrices of all experts at once."""
 
-    def pack_expert(self, matrix: Quantized) -> Any | None:
-        """One matrix of one expert, None where there is no kernel for it."""
-        ...
-
-    def stack_experts(self, experts: Sequence[Sequence[Any]]) -> Any | None:
+    def pack_experts(self, experts: Sequence[Sequence[Quantized]]) -> Any | None:
         """The matrices of each expert that read the same input, gate and up or down, as
-        `Ops.experts` takes them; None where they differ in form."""
+        `Ops.experts` takes them; None where they differ in form, or there is no kernel for it."""
         ...
 
 

@@ -3,7 +3,7 @@ by its kernels or, for many rows, by cuBLAS: in float8 where matrices were made 
 they were dequantized.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Final
@@ -25,7 +25,7 @@ from .gemm_quantized import MOST_FUSED_ROWS, dequantize, quantized_linear
 from .gpu_quantized_size import BLOCK, FOUR_BITS, LARGEST_DENSE, PADDING, fits, fitting_group
 from .kernel_choices import KernelChoices
 from .lookup_tables import ROW_TABLES, form_of, named
-from .packed_matrix import PackedExperts, PackedMatrix, pack_scales, stack
+from .packed_matrix import PackedExperts, PackedMatrix, cut, pack_scales, stack
 from .quantized import Quantized
 from .quantized_decode import FP8, INT4, INT8, pack_words
 from .quantized_rows import QuantizedRows
@@ -36,6 +36,8 @@ MOST_SCALE: Final = 16.0
 and small ones keep their digits."""
 WHOLE_ZEROS: Final = 120
 """Zero points up to which a code less its zero point is exact in bfloat16."""
+MOST_TOGETHER: Final = 1 << 27
+"""Weights of experts that are packed together; their codes take some six bytes each meanwhile."""
 _rooms: dict[torch.device, Tensor] = {}
 """Memory that all dequantized matrices share, one after the other: as large as the largest needs,
 before any graph is captured."""
@@ -186,13 +188,17 @@ class CudaQuantized:
         """See backend.QuantizedOps."""
         return self
 
-    def pack_expert(self, matrix: Quantized) -> PackedMatrix | None:
+    def pack_experts(self, experts: Sequence[Sequence[Quantized]]) -> PackedExperts | None:
         """See backend.QuantizedExpertOps."""
-        return pack_matrix([_regrouped(matrix)]) if _fits(matrix) else None
-
-    def stack_experts(self, experts: Sequence[Sequence[PackedMatrix]]) -> PackedExperts | None:
-        """See backend.QuantizedExpertOps."""
-        return stack(experts)
+        matrices = [matrix for each in experts for matrix in each]
+        if not all(map(_fits, matrices)):
+            return None
+        ready = [_regrouped(matrix) for matrix in matrices]
+        if len({(_form(matrix), matrix.group, matrix.shape) for matrix in ready}) > 1:
+            return None
+        packed = list(_packed_alike(ready))
+        halves = len(experts[0])
+        return stack([packed[i : i + halves] for i in range(0, len(packed), halves)])
 
     def pack(self, parts: Sequence[Quantized], float32_output: bool) -> QuantizedMatrices | None:
         """None where there is no kernel for the number of columns or the groups. Results are in the
@@ -294,6 +300,16 @@ def pack_matrix(matrices: Sequence[Quantized]) -> PackedMatrix:
     shape = torch.Size((rows, columns))
     words = pack_words(padded(raw), form)
     return PackedMatrix(words, scales, None, shape, form, group, not exact, factor)
+
+
+def _packed_alike(matrices: Sequence[Quantized]) -> Iterator[PackedMatrix]:
+    """Each of `matrices`, which are of one form, group and shape. Many are packed together: that is
+    some forty operations, however large they are, and mixtures have thousands of small ones."""
+    rows = matrices[0].shape[0]
+    together = 1 if rows % PADDING else max(1, MOST_TOGETHER // matrices[0].shape.numel())
+    for first in range(0, len(matrices), together):
+        some = matrices[first : first + together]
+        yield from cut(pack_matrix(some), len(some))
 
 
 def _pack_tables(

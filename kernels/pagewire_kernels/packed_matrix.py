@@ -1,7 +1,7 @@
 """Quantized matrices as the kernels of a GPU read them: one, and those of all experts together."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -103,6 +103,34 @@ class PackedExperts:
         table = self.table if self.form == ROW_TABLES else None
         tensors = (self.words, self.scales, self.row_scale, self.factors, table)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def cut(matrix: PackedMatrix, count: int) -> list[PackedMatrix]:
+    """`matrix` as `count` equal ones below each other, without a copy; their rows are a multiple of
+    the largest tile."""
+    rows = matrix.shape[0] // count
+    shape = torch.Size((rows, matrix.shape[1]))
+
+    def piece(values: Tensor | None, dim: int, i: int) -> Tensor | None:
+        if values is None:
+            return None
+        each = values.shape[dim] // count
+        return values.narrow(dim, i * each, each)
+
+    def part(i: int) -> PackedMatrix:
+        words = piece(matrix.words, 0, i)
+        assert words is not None
+        table = piece(matrix.table, 0, i) if matrix.form == ROW_TABLES else matrix.table
+        return replace(
+            matrix,
+            words=words,
+            scales=piece(matrix.scales, 1, i),
+            row_scale=piece(matrix.row_scale, 0, i),
+            shape=shape,
+            table=table,
+        )
+
+    return [part(i) for i in range(count)]
 
 
 def stack(experts: Sequence[Sequence[PackedMatrix]]) -> PackedExperts | None:

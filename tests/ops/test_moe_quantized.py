@@ -15,7 +15,7 @@ from pagewire.worker.models.layers import Build
 from pagewire.worker.models.linear_method import ExpertsSpec
 from pagewire.worker.models.quantized_weights import QuantizedMethod, StackedExperts
 from pagewire.worker.models.rounding import ROUNDINGS, Rounding, fp8_rows
-from pagewire_kernels import gemm_row_int4, moe_quantized, moe_row_int4
+from pagewire_kernels import cuda_quantized, gemm_row_int4, moe_quantized, moe_row_int4
 from pagewire_kernels.backend import backend
 from pagewire_kernels.batch import make_batch
 from pagewire_kernels.cuda_quantized import CudaQuantized
@@ -47,7 +47,7 @@ def packed(weights: Tensor, halves: int, form: str) -> tuple[PackedExperts, Tens
     """Of weights [E, halves * N, K], and what they are dequantized."""
     ops = CudaQuantized(KernelChoices())
     parts = [[FORMS[form](half) for half in expert.chunk(halves)] for expert in weights]
-    stacked = ops.stack_experts([[ops.pack_expert(part) for part in each] for each in parts])
+    stacked = ops.pack_experts(parts)
     assert stacked is not None
     full = torch.stack([torch.cat([part.dequantize() for part in each]) for each in parts])
     return stacked, full
@@ -203,9 +203,47 @@ def test_no_tokens() -> None:
 def test_experts_of_different_forms_cannot_be_stacked() -> None:
     ops = CudaQuantized(KernelChoices())
     weight = torch.randn(64, 128)
-    matrices = [ops.pack_expert(part) for part in (quantize(weight, 4), quantize(weight, 8))]
-    assert ops.stack_experts([[matrix] for matrix in matrices]) is None
-    assert ops.pack_expert(quantize(torch.randn(64, 96), 4)) is None
+    assert ops.pack_experts([[quantize(weight, 4)], [quantize(weight, 8)]]) is None
+    assert ops.pack_experts([[quantize(torch.randn(64, 96), 4)]]) is None
+
+
+def scales_and_zeros(experts: PackedExperts) -> list[Tensor]:
+    """As they are multiplied with."""
+    if experts.scales is None:
+        assert experts.row_scale is not None
+        return [experts.row_scale * experts.factors[:, :, None]]
+    factors = experts.factors[:, :, None, None]
+    if experts.table is not None:
+        return [experts.scales.view(torch.float32) * factors]
+    low = (experts.scales & 0xFFFF).to(torch.int16).view(torch.float16).float()
+    return [low * factors, experts.scales >> 16]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("halves", [1, 2])
+def test_experts_packed_together_are_those_packed_alone(
+    form: str, halves: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(3)
+    weights = torch.randn(3, halves * 128, 128) * torch.tensor([0.01, 1, 40])[:, None, None]
+    alone, _ = packed(weights, halves, form)
+    counted: list[int] = []
+    pack = cuda_quantized.pack_matrix
+    monkeypatch.setattr(
+        cuda_quantized, "pack_matrix", lambda some: counted.append(len(some)) or pack(some)
+    )
+    monkeypatch.setattr(cuda_quantized, "MOST_TOGETHER", 128 * 128)
+    one_by_one, _ = packed(weights, halves, form)
+    assert counted == [1] * 3 * halves
+    monkeypatch.setattr(cuda_quantized, "MOST_TOGETHER", 2 * 128 * 128)
+    by_two, _ = packed(weights, halves, form)
+    assert counted[3 * halves] == 2
+    for together in (alone, by_two):
+        assert torch.equal(together.words, one_by_one.words)
+        for ours, theirs in zip(
+            scales_and_zeros(together), scales_and_zeros(one_by_one), strict=True
+        ):
+            assert torch.equal(ours, theirs)
 
 
 def method(rounding: Rounding | None) -> QuantizedMethod:

@@ -148,9 +148,7 @@ def test_experts_by_instructions(form: str, as_on_a_gpu) -> None:
     full = []
     for halves in (2, 1):
         parts = [[MAKE[form](128, 128) for _ in range(halves)] for _ in range(2)]
-        packed.append(
-            ops.stack_experts([[ops.pack_expert(part) for part in each] for each in parts])
-        )
+        packed.append(ops.pack_experts(parts))
         full.append([torch.cat([part.dequantize() for part in each]).double() for each in parts])
     x = torch.randn(3, 128).half()
     ids = torch.tensor([[0], [1], [0]], dtype=torch.int32)

@@ -132,7 +132,7 @@ def test_tables_that_no_kernel_knows_are_not_packed() -> None:
     ops = CudaQuantized(KernelChoices())
     other = Quantized(codes(64, 128), torch.ones(64, 2), table=torch.randn(16))
     assert ops.pack([other], False) is None
-    assert ops.pack_expert(other) is None
+    assert ops.pack_experts([[other]]) is None
     # groups of 32 of a table that is rounded
     small = Quantized(codes(64, 128), torch.ones(64, 4), table=named("nf4", CPU))
     assert ops.pack([small], False) is None
@@ -175,7 +175,7 @@ def test_experts(form: str, tokens: int) -> None:
     full = []
     for halves, n, k in ((2, inner, hidden), (1, hidden, inner)):
         parts = [[MAKE[form](n, k) for _ in range(halves)] for _ in range(experts)]
-        stacked = ops.stack_experts([[ops.pack_expert(part) for part in each] for each in parts])
+        stacked = ops.pack_experts(parts)
         assert stacked is not None
         packed.append(stacked)
         full.append(torch.stack([torch.cat([p.dequantize() for p in each]) for each in parts]))

@@ -71,7 +71,7 @@ def packed(sizes: Sizes, halves: int, device: str) -> tuple[PackedExperts, Tenso
         for _ in range(sizes.experts)
     ]
     full = torch.stack([torch.cat([part.dequantize() for part in each]) for each in parts])
-    stacked = ops.stack_experts([[ops.pack_expert(part) for part in each] for each in parts])
+    stacked = ops.pack_experts(parts)
     assert stacked is not None
     return stacked, full
 

@@ -164,7 +164,7 @@ def experts_outcome(device: str, form: str) -> tuple[str, list[str]]:
             [rounded(form, torch.randn(n, columns, device=device) * 0.02) for _ in range(halves)]
             for _ in range(experts)
         ]
-        stacked = ops.stack_experts([[ops.pack_expert(part) for part in each] for each in parts])
+        stacked = ops.pack_experts(parts)
         assert stacked is not None
         packed.append(stacked)
         full.append(

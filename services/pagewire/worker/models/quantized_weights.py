@@ -266,15 +266,11 @@ class StackedExperts(ExpertsWeight):
                 slot.value = None
 
     def _stacked(self, experts: list[list[QuantizedSlot]]) -> Any | None:
-        matrices: list[list[Any]] = []
-        for slots in experts:
-            values = [slot.value for slot in slots]
-            parts = [value for value in values if isinstance(value, Quantized)]
-            packed = [self._packing.pack_expert(part) for part in parts]
-            if len(parts) < len(values) or None in packed:
-                return None
-            matrices.append(packed)
-        return self._packing.stack_experts(matrices)
+        values = [[slot.value for slot in slots] for slots in experts]
+        matrices = [[one for one in each if isinstance(one, Quantized)] for each in values]
+        if sum(map(len, matrices)) < sum(map(len, values)):
+            return None
+        return self._packing.pack_experts(matrices)
 
     def _full(self, experts: list[list[QuantizedSlot]]) -> Any:
         matrices = [torch.cat([slot.dense() for slot in slots]) for slots in experts]
