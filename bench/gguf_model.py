@@ -24,6 +24,8 @@ from gguf import GGML_QUANT_SIZES, GGUFWriter, LlamaFileType
 from gguf import GGMLQuantizationType as Type
 from gguf_blocks import Pool
 
+ARCHITECTURES: Final = {"llama": "llama", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
+"""general.architecture, by config.json's model_type."""
 QUANTIZATION_VERSION: Final = 2
 """Of the layout of blocks, ggml's GGML_QNT_VERSION."""
 
@@ -55,7 +57,8 @@ RECIPES: Final = {
 @dataclass(frozen=True)
 class Model:
     """What a config.json says. divisors: of Llama 3's rotary frequencies, [head_dim / 2] float32.
-    is_70b: what llama.cpp takes for Llama's 70B, however many layers are written."""
+    is_70b: what llama.cpp takes for Llama's 70B, however many layers are written. experts: in each
+    layer, 0: it has an MLP; `used` of them for a token, each with `expert_inner` values inside."""
 
     name: str
     family: str
@@ -72,6 +75,9 @@ class Model:
     divisors: np.ndarray | None
     tied: bool
     is_70b: bool
+    experts: int
+    used: int
+    expert_inner: int
 
 
 @dataclass(frozen=True)
@@ -93,8 +99,10 @@ def read_model(directory: Path, layers: int | None) -> Model:
     """layers: in place of the configuration's. Raises Refused, OSError."""
     config = json.loads((directory / "config.json").read_text())
     family = config.get("model_type")
-    if family not in ("llama", "qwen3"):
-        raise Refused(f"model_type {family!r} is not written; llama and qwen3 are")
+    if family not in ARCHITECTURES:
+        raise Refused(f"model_type {family!r} is not written; {', '.join(ARCHITECTURES)} are")
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        raise Refused("mixtures with layers without experts are not written")
     if config.get("attention_bias") or config.get("mlp_bias"):
         raise Refused("models with biases are not written")
     try:
@@ -124,6 +132,9 @@ def _model(name: str, config: dict[str, Any], layers: int | None) -> Model:
         divisors=_rope_divisors(config, head_dim),
         tied=config.get("tie_word_embeddings", False),
         is_70b=config["model_type"] == "llama" and all_layers == 80 and heads != kv_heads,
+        experts=config.get("num_experts", 0),
+        used=config.get("num_experts_per_tok", 0),
+        expert_inner=config.get("moe_intermediate_size", 0),
     )
 
 
@@ -171,17 +182,31 @@ def _layer(model: Model, recipe: Recipe, layer: int) -> Iterator[Tensor]:
     down = value = recipe.more_bits if use_more_bits(layer, model.layers) else recipe.usual
     if model.is_70b and value == Type.Q4_K:  # eight heads share a value: it is small
         value = Type.Q5_K
-    matrices = {
+    matrices: dict[str, tuple[tuple[int, ...], Type]] = {
         "attn_q": ((rows, hidden), recipe.usual),
         "attn_k": ((kv_rows, hidden), recipe.usual),
         "attn_v": ((kv_rows, hidden), value),
         "attn_output": ((hidden, rows), recipe.usual),
-        "ffn_gate": ((inner, hidden), recipe.usual),
-        "ffn_up": ((inner, hidden), recipe.usual),
-        "ffn_down": ((hidden, inner), down),
     }
+    if model.experts:
+        inner = model.expert_inner
+        matrices |= {
+            "ffn_gate_exps": ((model.experts, inner, hidden), recipe.usual),
+            "ffn_up_exps": ((model.experts, inner, hidden), recipe.usual),
+            "ffn_down_exps": ((model.experts, hidden, inner), down),
+        }
+        router = np.random.default_rng(layer).normal(0, 0.02, (model.experts, hidden))
+        yield Tensor(
+            f"blk.{layer}.ffn_gate_inp.weight", router.shape, Type.F32, router.astype(np.float32)
+        )
+    else:
+        matrices |= {
+            "ffn_gate": ((inner, hidden), recipe.usual),
+            "ffn_up": ((inner, hidden), recipe.usual),
+            "ffn_down": ((hidden, inner), down),
+        }
     norms = {"attn_norm": hidden, "ffn_norm": hidden}
-    if model.family == "qwen3":
+    if model.family != "llama":
         norms |= {"attn_q_norm": model.head_dim, "attn_k_norm": model.head_dim}
     for name, (shape, kind) in matrices.items():
         yield Tensor(f"blk.{layer}.{name}.weight", shape, kind)
@@ -196,7 +221,7 @@ def _norm(name: str, size: int) -> Tensor:
 def write(path: Path, model: Model, recipe: Recipe) -> None:
     """Writes the file over one that is there. Raises Refused before it writes, OSError."""
     entries = list(tensors(model, recipe))
-    writer = GGUFWriter(path, model.family)
+    writer = GGUFWriter(path, ARCHITECTURES[model.family])
     for tensor in entries:
         block, _ = GGML_QUANT_SIZES[tensor.kind]
         if tensor.shape[-1] % block:
@@ -232,6 +257,10 @@ def _add_metadata(writer: GGUFWriter, model: Model, recipe: Recipe) -> None:
     writer.add_rope_freq_base(model.theta)
     writer.add_rope_dimension_count(model.head_dim)
     writer.add_vocab_size(model.vocab)
+    if model.experts:
+        writer.add_expert_count(model.experts)
+        writer.add_expert_used_count(model.used)
+        writer.add_expert_feed_forward_length(model.expert_inner)
 
 
 def _write_data(writer: GGUFWriter, file: BinaryIO, entries: list[Tensor]) -> None:

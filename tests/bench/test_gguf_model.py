@@ -46,6 +46,15 @@ QWEN3 = LLAMA | {
     "rope_scaling": None,
     "tie_word_embeddings": True,
 }
+QWEN3_MOE = QWEN3 | {
+    "model_type": "qwen3_moe",
+    "num_hidden_layers": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 256,
+    "norm_topk_prob": True,
+    "tie_word_embeddings": False,
+}
 MORE_BITS = {0, 3, 6, 7}
 """Of 8 layers: the first and the last one, and every third between them."""
 TYPES = {
@@ -135,7 +144,15 @@ def test_a_shared_embedding_has_the_type_of_the_output(tmp_path: Path) -> None:
     assert types["blk.0.attn_q_norm.weight"] == "F32"
 
 
-@pytest.mark.parametrize("config", [LLAMA, QWEN3], ids=["llama", "qwen3"])
+def test_types_of_experts(tmp_path: Path) -> None:
+    types = types_of(written(tmp_path, QWEN3_MOE))
+    assert types["blk.1.ffn_gate_exps.weight"] == types["blk.1.ffn_up_exps.weight"] == "Q4_K"
+    assert types["blk.1.ffn_down_exps.weight"] == "Q6_K"
+    assert types["blk.0.ffn_gate_inp.weight"] == "F32"
+    assert "blk.0.ffn_gate.weight" not in types
+
+
+@pytest.mark.parametrize("config", [LLAMA, QWEN3, QWEN3_MOE], ids=["llama", "qwen3", "qwen3_moe"])
 def test_the_loader_reads_the_same_architecture_and_runs_it(
     config: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -157,7 +174,11 @@ def test_the_loader_reads_the_same_architecture_and_runs_it(
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"model_type": "mixtral"}, "model_type 'mixtral' is not written; llama and qwen3 are"),
+        (
+            {"model_type": "mixtral"},
+            "model_type 'mixtral' is not written; llama, qwen3, qwen3_moe are",
+        ),
+        ({"mlp_only_layers": [1]}, "mixtures with layers without experts are not written"),
         ({"attention_bias": True}, "models with biases are not written"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type 'yarn' is not written; llama3 is"),
         (
