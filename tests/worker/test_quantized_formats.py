@@ -112,7 +112,7 @@ def test_squeezellm(bits: int, sparse: bool, shape: tuple[int, int]) -> None:
     )
 
 
-@pytest.mark.parametrize("shape", [(8, 64), (130, 300)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 64), (130, 300), (256, 128)], ids=str)
 @pytest.mark.parametrize("scales", ["tensor", "row", "block"])
 def test_fp8(scales: str, shape: tuple[int, int]) -> None:
     settings = {"weight_block_size": [128, 128]} if scales == "block" else {}

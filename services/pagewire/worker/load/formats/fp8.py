@@ -93,7 +93,8 @@ def quantized(
     if scale.numel() == 1:
         by_row = scale.reshape(1, 1).expand(rows, 1)
         return Quantized(weight, by_row, quantize_inputs=quantize_inputs)
-    if scale.dim() == 1 or scale.shape[1] == 1:
+    # Blocks may be as wide as the matrix: their scales are one column too, but fewer than rows.
+    if scale.dim() == 1 or (scale.shape[1] == 1 and (block is None or scale.shape[0] == rows)):
         check_shape(module, "weight_scale", scale.reshape(-1), rows)
         return Quantized(weight, scale.reshape(rows, 1), quantize_inputs=quantize_inputs)
     if block is None:
