@@ -3,9 +3,10 @@ that the weights have a mean of 0 and a standard deviation of 0.02. Layouts: ggm
 """
 
 from collections.abc import Callable
-from typing import BinaryIO, Final
+from typing import Final
 
 import numpy as np
+from byte_pool import Pool
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
@@ -90,18 +91,8 @@ _SET_SCALES: Final = {
 }
 
 
-class Pool:
-    """Random blocks of one type, taken in turn, from the beginning again after the last."""
-
-    def __init__(self, kind: Type) -> None:
-        block, _ = GGML_QUANT_SIZES[kind]
-        blocks = random_blocks(kind, POOL_BLOCKS[block], np.random.default_rng(int(kind)))
-        self._bytes = blocks.reshape(-1).data
-        self._next = 0
-
-    def write(self, file: BinaryIO, nbytes: int) -> None:
-        while nbytes:
-            part = self._bytes[self._next : self._next + nbytes]
-            file.write(part)
-            nbytes -= len(part)
-            self._next = (self._next + len(part)) % len(self._bytes)
+def pool_of(kind: Type) -> Pool:
+    """Random blocks of one type."""
+    block, _ = GGML_QUANT_SIZES[kind]
+    blocks = random_blocks(kind, POOL_BLOCKS[block], np.random.default_rng(int(kind)))
+    return Pool(blocks.reshape(-1).data)

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import numpy as np
+from byte_pool import Pool
 from gguf import GGML_QUANT_SIZES, GGUFWriter, LlamaFileType
 from gguf import GGMLQuantizationType as Type
-from gguf_blocks import Pool
+from gguf_blocks import pool_of
 
 ARCHITECTURES: Final = {"llama": "llama", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
 """general.architecture, by config.json's model_type."""
@@ -273,7 +274,7 @@ def _write_data(writer: GGUFWriter, file: BinaryIO, entries: list[Tensor]) -> No
             file.write(tensor.values.tobytes())
         else:
             if tensor.kind not in pools:
-                pools[tensor.kind] = Pool(tensor.kind)
+                pools[tensor.kind] = pool_of(tensor.kind)
             pools[tensor.kind].write(file, tensor.nbytes)
         writer.write_padding(file, tensor.nbytes)
 
