@@ -2,7 +2,6 @@
 logits as transformers has of the checkpoint, and the same configuration as it reads from the file.
 """
 
-import copy
 import math
 from pathlib import Path
 
