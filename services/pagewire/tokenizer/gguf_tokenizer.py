@@ -195,8 +195,8 @@ def _add_special(tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:
 
 
 def _strips_spaces(metadata: dict[str, Any]) -> bool:
-    """Whether added tokens take the spaces and ends of lines after them, as Phi-3's do. No file says
-    so; llama.cpp goes by the model's name. Phi-4's tokenizer is another one."""
+    """Whether added tokens take the spaces and ends of lines after them, as Phi-3's do. No file
+    says so; llama.cpp goes by the model's name. Phi-4's tokenizer is another one."""
     name = str(metadata.get("general.name", "")).lower()
     named = metadata.get("general.architecture") == "phi3" or "phi-3" in name or "phi3" in name
     return named and metadata.get(PREFIX + "model") == "llama"
