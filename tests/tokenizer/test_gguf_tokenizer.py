@@ -9,6 +9,7 @@ from pagewire.checkpoint.gguf_metadata import BadGguf, read_metadata
 from pagewire.tokenizer.decode import Decoding
 from pagewire.tokenizer.gguf_tokenizer import SPLITS, UnsupportedTokenizer, build, named_tokens
 from pagewire.tokenizer.load import NoTokenizer, load
+from tokenizer.conftest import spm_fields
 from tokenizers import Tokenizer
 
 
@@ -71,6 +72,7 @@ def test_round_trip_with_each_pre_tokenizer(make_gguf, texts: list[str], pre: st
         ("smollm", ["It", "'s", " ", "2", "0", "2", "4", "!", "\n\n ", " ok"]),
         ("llama-bpe", ["It", "'s", " ", "202", "4", "!\n\n", " ", " ok"]),
         ("qwen2", ["It", "'s", " ", "2", "0", "2", "4", "!\n\n", " ", " ok"]),
+        ("gpt-4o", ["It's", " ", "202", "4", "!\n\n", " ", " ok"]),
         ("deepseek-llm", ["It", "'", "s", " ", "2", "0", "2", "4", "!", "\n", "\n", " ", " ok"]),
     ],
 )
@@ -119,6 +121,53 @@ def test_sentencepiece(make_gguf):
     )
     assert bare.encode("the").tokens == ["t", "he"]
     assert bare.decode(bare.encode(" the cat").ids) == " the cat"
+
+
+def test_words_of_gpt_4o_end_before_capitals(make_gguf):
+    built = build(read_metadata(make_gguf(tokenizer__ggml__pre="gpt-4o")))
+    text = "camelCase HTTPServer path//\n"
+    pieces = [text[start:end] for _, (start, end) in built.pre_tokenizer.pre_tokenize_str(text)]
+    assert pieces == ["camel", "Case", " HTTPServer", " path", "//\n"]
+
+
+TURN = ["<start_of_turn>", "<end_of_turn>", "  ", "\n\n"]
+"""Of Gemma, whose runs of spaces and ends of lines are tokens of their own."""
+
+
+def with_tokens(tokens: list[str], kinds: list[int], **changes) -> dict:
+    fields = {**spm_fields(), **changes}
+    count = len(tokens)
+    return fields | {
+        "tokenizer.ggml.tokens": [*fields["tokenizer.ggml.tokens"], *tokens],
+        "tokenizer.ggml.token_type": [*fields["tokenizer.ggml.token_type"], *kinds],
+        "tokenizer.ggml.scores": [*fields["tokenizer.ggml.scores"], *[-1000.0] * count],
+    }
+
+
+def test_no_space_comes_before_a_turn_of_gemma():
+    built = build(with_tokens(TURN, [3, 3, 4, 4], **{"tokenizer.ggml.add_space_prefix": False}))
+    text = "<start_of_turn>the\n\nthe   cat<end_of_turn>\n"
+    encoded = built.encode(text, add_special_tokens=False)
+    turn = ["<start_of_turn>", "t", "he", "\n\n", "t", "he", "  ", "▁cat", "<end_of_turn>"]
+    assert encoded.tokens == [*turn, "<0x0A>"]
+    assert built.decode(encoded.ids, skip_special_tokens=False) == text
+    assert Decoding(built).decode(encoded.ids, skip_special=False) == text
+
+
+@pytest.mark.parametrize(
+    "naming", [{"general.architecture": "phi3"}, {"general.name": "Phi-3-mini-4k-instruct"}]
+)
+def test_tokens_of_phi_3_take_the_space_after_them(naming):
+    """As in its tokenizer.json (rstrip), which files leave out."""
+    tokens, kinds = ["<|user|>", "<|end|>", "<|endoftext|>"], [3, 3, 3]
+    text = "<|user|>\nthe cat<|end|>\n"
+    built = build(with_tokens(tokens, kinds, **naming))
+    found = [built.id_to_token(token) for token in built.encode(text).ids]
+    assert found == ["<s>", "<|user|>", "▁the", "▁cat", "<|end|>"]
+    between_texts = built.encode("<|endoftext|> the", add_special_tokens=False)
+    assert between_texts.tokens == ["<|endoftext|>", "▁", "▁the"]
+    other = build(with_tokens(tokens, kinds))
+    assert "<0x0A>" in other.encode(text).tokens
 
 
 def test_sentencepiece_agrees_with_its_own_library(tmp_path: Path):

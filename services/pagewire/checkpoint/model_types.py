@@ -43,7 +43,17 @@ FAMILIES: Final = (
     "qwen3_moe",
 )
 """Those that worker/models has a file for."""
-GGUF_ARCHITECTURES: Final = ("llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe")
+GGUF_ARCHITECTURES: Final = (
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "llama",
+    "phi3",
+    "qwen2",
+    "qwen2moe",
+    "qwen3",
+    "qwen3moe",
+)
 """As worker/load/gguf_architectures.py knows them."""
 CAUSAL_MODELS: Final = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
 ENCODERS_WITH_DECODERS: Final = "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"

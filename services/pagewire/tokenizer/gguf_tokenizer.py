@@ -43,6 +43,13 @@ DEEPSEEK: Final = (
     r"\p{N}",
 )
 DEFAULT: Final = (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]")
+_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+GPT4O: Final = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 DIGITS_GPT2: Final = (r"\p{N}", GPT2)
 
 SPLITS: Final[dict[str, tuple[str, ...]]] = {
@@ -63,10 +70,13 @@ SPLITS: Final[dict[str, tuple[str, ...]]] = {
     "qwen2": (QWEN2,),
     "deepseek-r1-qwen": (QWEN2,),
     "deepseek-llm": DEEPSEEK,
+    "gpt-4o": (GPT4O,),
 }
 WHOLE_WORDS: Final = ("llama-bpe", "llama3", "llama-v3")
 """A pre-token that is a vocabulary entry is taken whole, whatever the merges say. These also put
 BOS first by default."""
+PHI3_PLAIN: Final = ("<unk>", "<s>", "<|endoftext|>")
+"""Tokens of Phi-3 that leave what is after them."""
 COMPOSED: Final = ("qwen2", "deepseek-r1-qwen")
 
 
@@ -163,20 +173,33 @@ def _add_special(tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:
         for token, piece_type in zip(tokens, piece_types, strict=False)
         if piece_type in (UNKNOWN, CONTROL, USER_DEFINED) or token in END_OF_TURN
     ]
+    strips = _strips_spaces(metadata)
     tokenizer.add_special_tokens(
         [
-            AddedToken(token, normalized=False, special=True)
+            AddedToken(
+                token, normalized=False, special=True, rstrip=strips and token not in PHI3_PLAIN
+            )
             for token, piece_type in pieces
             if piece_type != USER_DEFINED
         ]
     )
     tokenizer.add_tokens(
         [
-            AddedToken(token, normalized=False, special=False)
+            AddedToken(
+                token, normalized=False, special=False, rstrip=strips and token not in PHI3_PLAIN
+            )
             for token, piece_type in pieces
             if piece_type == USER_DEFINED
         ]
     )
+
+
+def _strips_spaces(metadata: dict[str, Any]) -> bool:
+    """Whether added tokens take the spaces and ends of lines after them, as Phi-3's do. No file
+    says so; llama.cpp goes by the model's name. Phi-4's tokenizer is another one."""
+    name = str(metadata.get("general.name", "")).lower()
+    named = metadata.get("general.architecture") == "phi3" or "phi-3" in name or "phi3" in name
+    return named and metadata.get(PREFIX + "model") == "llama"
 
 
 def _add_post_processor(tokenizer: Tokenizer, metadata: dict[str, Any], model_type: str) -> None:

@@ -19,6 +19,7 @@ from pagewire_kernels.quantized import Quantized
 
 from ...checkpoint import end_tokens, gguf_files, model_types
 from ..models.architecture import Config, Unsupported
+from ..models.rope import DEFAULT_THETA
 from . import gguf_architectures, gguf_quantized
 from .gguf_architectures import GgufArchitecture
 
@@ -44,6 +45,10 @@ TYPE_SIZES: Final = {
 }  # fmt: skip
 """The usual types: name, values of a block, its bytes. Others are looked up in the `gguf` library,
 which takes a while to import."""
+LONG_FACTORS: Final = "rope_factors_long.weight"
+SHORT_FACTORS: Final = "rope_factors_short.weight"
+ROTATION: Final = ("rope_freqs.weight", LONG_FACTORS, SHORT_FACTORS)
+"""Tensors that are no weights."""
 MATRIX_DIMENSIONS: Final = (2, 3)
 """Of a matrix, and of all experts' together."""
 
@@ -255,8 +260,8 @@ class Gguf:
             "max_position_embeddings": field("context_length"),
             "tie_word_embeddings": "output.weight" not in self.entries,
             "rope_parameters": self._rope(field),
-            **self.architecture.settings(field),
         }
+        config |= self.architecture.settings(field, config)
         return {name: value for name, value in config.items() if value is not None}
 
     def _rope(self, field: Any) -> Config:
@@ -265,7 +270,7 @@ class Gguf:
         factor = field("rope.scaling.factor") or field("rope.scale_linear") or 1.0
         scaling = field("rope.scaling.type", "linear" if factor != 1.0 else "none")
         rope: Config = {
-            "rope_theta": field("rope.freq_base", 10_000.0),
+            "rope_theta": field("rope.freq_base", DEFAULT_THETA),
             "rope_type": "default" if scaling == "none" else scaling,
             "factor": factor,
         }
@@ -274,6 +279,14 @@ class Gguf:
         rope["beta_slow"] = field("rope.scaling.yarn_beta_slow")
         if "rope_freqs.weight" in self.entries:
             rope |= {"rope_type": "default", "divisors": self.tensor("rope_freqs.weight").tolist()}
+        if LONG_FACTORS in self.entries:
+            rope |= {
+                "rope_type": "longrope",
+                "factor": None,  # the contexts' quotient; the factor for sines is given
+                "attention_factor": field("rope.scaling.attn_factor"),
+                "long_factor": self.tensor(LONG_FACTORS).tolist(),
+                "short_factor": self.tensor(SHORT_FACTORS).tolist(),
+            }
         return rope
 
     def eos_token_ids(self, tokenizer: Path | None, template: str = "") -> tuple[int, ...]:
@@ -287,7 +300,7 @@ class Gguf:
     def places(self) -> Iterator[Place]:
         """Of every weight."""
         for name, entry in self.entries.items():
-            if name == "rope_freqs.weight":
+            if name in ROTATION:
                 continue
             if gguf_architectures.holds_experts(name):
                 for expert in range(entry.matrices):

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...checkpoint.weight_files import PYTORCH, SAFETENSORS
 from ..models import family, gpt2
 from ..models.architecture import Architecture, Config, Unsupported
-from ..models.checkpoint import Named
+from ..models.checkpoint import Named, split
 from ..models.decoder import Decoder
 from ..models.weight_slots import WeightSlot
 from . import kv_dtype
@@ -77,7 +77,7 @@ def _read(
     """Under the decoder's names. Layers of other pipeline stages are not read."""
     skip = model.is_elsewhere
     if isinstance(source, Gguf):
-        return from_gguf(source, config, quantized, skip)
+        return cut_joined(from_gguf(source, config, quantized, skip), model.arch)
     tensors: Iterator[Value] = (
         (value for value in source.tensors() if not skip(value[0]))
         if isinstance(source, PytorchFiles)
@@ -139,6 +139,12 @@ def converted(tensors: Iterable[Value], config: Config, arch: Architecture) -> I
         if isinstance(tensor, Quantized) and convert is gpt2.tensors:
             tensor = tensor.dequantize()
         yield from cast(Iterator[Value], convert(name, cast(Tensor, tensor), arch))
+
+
+def cut_joined(values: Iterable[Value], arch: Architecture) -> Iterator[Value]:
+    """From a GGUF file's tensors to the decoder's, which have other names where they are joined."""
+    for name, value in values:
+        yield from cast(Iterator[Value], split(name, cast(Tensor, value), arch))
 
 
 def fill(
