@@ -65,7 +65,7 @@ def test_a_rehearsal_that_fails_keeps_what_it_found(
 
     def found() -> None:
         hook: Any = compile_ahead.knobs.runtime.jit_cache_hook
-        told = {"specialization_data": "of a kernel"}
+        told = {"specialization_data": "of a kernel", "constants": {}}
         assert hook(fn=Function("kernel"), compile=told)
 
     def fails() -> None:
