@@ -11,7 +11,9 @@ gemm_row_codes.py, those of 4 bits to gemm_row_int4.py.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
 # Launch options and values inside a kernel have types that only Triton's compiler knows.
 
+import functools
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 import triton
@@ -23,7 +25,7 @@ from .activation import silu_mul
 from .gemm_row_codes import CodesRowConfig
 from .gemm_row_int4 import Int4RowConfig
 from .packed_matrix import PackedMatrix
-from .quantized_decode import FP8, INT4, TILE, input_at
+from .quantized_decode import EIGHT_BITS, FP8, INT4, TILE, input_at
 from .row_epilogue import finish
 from .workspace import overlap
 
@@ -40,6 +42,7 @@ class RowConfig:
     early: bool = False
 
 
+LEAST_FLOAT8_CAPABILITY: Final = (8, 9)
 Weight = torch.Tensor | PackedMatrix
 """[N, K]: in full, or one that `takes` takes."""
 Config = RowConfig | CodesRowConfig | Int4RowConfig
@@ -157,7 +160,17 @@ def takes(matrix: PackedMatrix) -> bool:
     """Whether a quantized matrix can be the weight of these products."""
     if matrix.form == INT4:
         return gemm_row_int4.takes(matrix)
-    return gemm_row_codes.takes(matrix)
+    if matrix.form not in EIGHT_BITS or matrix.group not in (0, *gemm_row_codes.GROUPS):
+        return False
+    return matrix.form != FP8 or _reads_float8(matrix.words.device)
+
+
+@functools.cache
+def _reads_float8(device: torch.device) -> bool:
+    """Whether Triton knows float8 there."""
+    return (
+        device.type != "cuda" or torch.cuda.get_device_capability(device) >= LEAST_FLOAT8_CAPABILITY
+    )
 
 
 def _launch(x: torch.Tensor, weight: Weight, gated: bool, norm: torch.Tensor | None, eps: float, bias: torch.Tensor | None,
@@ -172,7 +185,7 @@ def _launch(x: torch.Tensor, weight: Weight, gated: bool, norm: torch.Tensor | N
         assert config is None or isinstance(config, Int4RowConfig)
         gemm_row_int4.launch(x, weight, gated, norm, eps, bias, residual, out, config)
         return out
-    if isinstance(weight, PackedMatrix) and (weight.group or isinstance(config, CodesRowConfig)):
+    if isinstance(weight, PackedMatrix) and weight.group:
         assert config is None or isinstance(config, CodesRowConfig)
         gemm_row_codes.launch(x, weight, gated, norm, eps, bias, residual, out, config)
         return out

@@ -1,5 +1,5 @@
-"""The products of gemm_row.py with codes of 8 bits, whose scales are of a row or of groups of 16 to
-128 inputs, with zero points where need be.
+"""The products of gemm_row.py with codes of 8 bits that have scales, and zero points where need be,
+of groups of 16 to 128 inputs.
 
 A thread reads 16 codes of a row at once, which are four of each 16 inputs among 64
 (quantized_decode.PERMUTED), and what it reads of x serves all rows of the program. Products of one
@@ -15,20 +15,17 @@ import functools
 from dataclasses import dataclass
 from typing import Final
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .packed_matrix import PackedMatrix
-from .quantized_decode import EIGHT_BITS, FP8
 from .row_epilogue import finish
 from .workspace import overlap
 
-LEAST_FLOAT8_CAPABILITY: Final = (8, 9)
-GROUPS: Final = (0, 16, 32, 64, 128)
-"""Inputs that may share a scale; 0: all of a row."""
+GROUPS: Final = (16, 32, 64, 128)
+"""Inputs that may share a scale."""
 LARGEST_LAYER: Final = 1 << 15
 """Results of a product that is no head."""
 
@@ -136,42 +133,36 @@ def _scaled(w, s, a, b, c, d, FORM: tl.constexpr, GROUP: tl.constexpr):
     sums = _times(w, a, 0, FORM) + _times(w, b, 1, FORM)
     sums += _times(w, c, 2, FORM) + _times(w, d, 3, FORM)
     inputs = (a + b + c + d)[:, None, :]
-    if GROUP == 0:
-        result = tl.sum(sums, 2)
-        if FORM == "byte":
-            result = (result - OFFSET * tl.sum(inputs, 2)) * UNIT
-        return result
-    else:
-        if GROUP == 32:
-            sums = _by_two(sums)
-            inputs = _by_two(inputs)
-        if GROUP >= 64:
-            sums = tl.sum(sums, 2)[:, :, None]
-            inputs = tl.sum(inputs, 2)[:, :, None]
-        scale = (s & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        zero = (s >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        return tl.sum((sums - (zero * (1 / UNIT) + OFFSET) * inputs) * (scale * UNIT), 2)
+    if GROUP == 32:
+        sums = _by_two(sums)
+        inputs = _by_two(inputs)
+    if GROUP >= 64:
+        sums = tl.sum(sums, 2)[:, :, None]
+        inputs = tl.sum(inputs, 2)[:, :, None]
+    scale = (s & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    zero = (s >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return tl.sum((sums - (zero * (1 / UNIT) + OFFSET) * inputs) * (scale * UNIT), 2)
 
 
 @triton.jit
-def _row_codes(x, norm, words, scales, row_scale, bias, residual, out, N, NP, eps, factor, K: tl.constexpr, BN: tl.constexpr,
+def _read(words, scales, n, place, NP, K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr):
+    """What a step reads of rows n: codes and scales."""
+    w = _words(words, n, place, K, EVEN)
+    return w, _scales(scales, n, place, NP, K, GROUP, EVEN)
+
+
+@triton.jit
+def _row_codes(x, norm, words, scales, bias, residual, out, N, NP, eps, factor, K: tl.constexpr, BN: tl.constexpr,
         WARPS: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
         BIAS: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Results program * BN on. With GATED the second half of the rows are those of up."""
     STEP: tl.constexpr = WARPS * 512
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     place = tl.arange(0, WARPS * 32) * 16
-    w = _words(words, n, place, K, EVEN)
-    w2 = w
-    s = w
-    s2 = w
+    w, s = _read(words, scales, n, place, NP, K, GROUP, EVEN)
+    w2, s2 = w, s
     if GATED:
-        w2 = _words(words, n + N, place, K, EVEN)
-    if GROUP > 0:
-        s = _scales(scales, n, place, NP, K, GROUP, EVEN)
-        s2 = s
-        if GATED:
-            s2 = _scales(scales, n + N, place, NP, K, GROUP, EVEN)
+        w2, s2 = _read(words, scales, n + N, place, NP, K, GROUP, EVEN)
     if PDL:
         gdc_wait()
         if EARLY:
@@ -187,16 +178,10 @@ def _row_codes(x, norm, words, scales, row_scale, bias, residual, out, N, NP, ep
             a, b, c, d = a * e, b * f, c * g, d * h
         following = start + STEP + place
         # behind the end nothing is read
-        next_w = _words(words, n, following, K, False)
-        next_w2 = next_w
-        next_s = s
-        next_s2 = s
+        next_w, next_s = _read(words, scales, n, following, NP, K, GROUP, False)
+        next_w2, next_s2 = next_w, next_s
         if GATED:
-            next_w2 = _words(words, n + N, following, K, False)
-        if GROUP > 0:
-            next_s = _scales(scales, n, following, NP, K, GROUP, False)
-            if GATED:
-                next_s2 = _scales(scales, n + N, following, NP, K, GROUP, False)
+            next_w2, next_s2 = _read(words, scales, n + N, following, NP, K, GROUP, False)
         acc += _scaled(w, s, a, b, c, d, FORM, GROUP)
         if GATED:
             acc2 += _scaled(w2, s2, a, b, c, d, FORM, GROUP)
@@ -207,10 +192,6 @@ def _row_codes(x, norm, words, scales, row_scale, bias, residual, out, N, NP, ep
     result2 = result
     if GATED:
         result2 = tl.sum(acc2, 0) * factor
-    if GROUP == 0:
-        result *= tl.load(row_scale + n)
-        if GATED:
-            result2 *= tl.load(row_scale + N + n)
     scale = 1.0
     if NORM:
         scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
@@ -239,21 +220,6 @@ def _shape(n: int, k: int, gated: bool) -> tuple[int, int]:
     return (8, 8) if n > 4096 else (4, 4)
 
 
-def takes(matrix: PackedMatrix) -> bool:
-    """Whether a matrix can be the weight of these products."""
-    if matrix.form not in EIGHT_BITS or matrix.group not in GROUPS:
-        return False
-    return matrix.form != FP8 or _reads_float8(matrix.words.device)
-
-
-@functools.cache
-def _reads_float8(device: torch.device) -> bool:
-    """Whether Triton knows float8 there."""
-    return (
-        device.type != "cuda" or torch.cuda.get_device_capability(device) >= LEAST_FLOAT8_CAPABILITY
-    )
-
-
 def launch(
     x: Tensor, matrix: PackedMatrix, gated: bool, norm: Tensor | None, eps: float, bias: Tensor | None, residual: Tensor | None,
     out: Tensor, config: CodesRowConfig | None
@@ -263,7 +229,7 @@ def launch(
     n = out.shape[1]
     c = config or pick_config(n, k, gated)
     _row_codes[(triton.cdiv(n, c.block_n),)](
-        x, norm, matrix.words, matrix.scales, matrix.row_scale, bias, residual, out, n, matrix.padded, eps, matrix.factor, K=k,
+        x, norm, matrix.words, matrix.scales, bias, residual, out, n, matrix.padded, eps, matrix.factor, K=k,
         BN=c.block_n, WARPS=c.warps, FORM=matrix.form, GROUP=matrix.group, NORM=norm is not None, GATED=gated,
         BIAS=bias is not None, ADD=residual is not None, EVEN=k % (512 * c.warps) == 0, EARLY=c.early, num_warps=c.warps,
         **overlap(x.device))  # fmt: skip

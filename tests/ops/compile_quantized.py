@@ -21,6 +21,7 @@ import triton
 from ops.assembler import assembled, spilled_bytes
 from pagewire_kernels import (
     gemm_quantized,
+    gemm_row,
     gemm_row_codes,
     gemm_row_int4,
     moe_quantized,
@@ -54,7 +55,7 @@ TYPES = {
 ROWS_OF_INT4 = (
     (torch.bfloat16, 128), (torch.float16, 64), (torch.bfloat16, 64), (torch.bfloat16, 32),
 )  # fmt: skip
-ROWS_OF_CODES = ((FP8, 0), (FP8, 128), (INT8, 0), (INT8, 16), (INT8, 32))
+ROWS_OF_CODES = ((FP8, 128), (INT8, 16), (INT8, 32))
 UNALIGNED = {"M", "factor", "unit", "eps", "span", "slots", "scale_stride"}
 
 
@@ -195,17 +196,29 @@ def dequantized(form: str, group: int) -> dict[str, Any]:
     return {"launch": f"{form}, dequantized", **compiled(kernel, 90, constants, 4, 3)}
 
 
-def row(form: str, group: int) -> dict[str, Any]:
-    """Gate and up of one row, with its norm."""
+def row(form: str) -> dict[str, Any]:
+    """Gate and up of one row, with its norm, of codes with a scale a row."""
+    chosen = gemm_row.pick_config_of_codes(N, K, True)
+    constants = {
+        "bias": None, "residual": None, "K": K, "BN": chosen.block_n, "BK": chosen.block_k, "FORM": form, "NORM": True,
+        "GATED": True, "BIAS": False, "ADD": False, "EVEN": True, "STAGES": chosen.stages, "EARLY": chosen.early, "PDL": True,
+    }  # fmt: skip
+    TYPES["weight"] = "*fp8e4nv" if form == FP8 else "*u8"
+    kernel: Any = gemm_row._row
+    launch = compiled(kernel, 90, constants, chosen.warps, chosen.stages)
+    return {"launch": f"one row, {form}: {chosen}", **launch}
+
+
+def row_codes(form: str, group: int) -> dict[str, Any]:
+    """The same of codes with scales of groups."""
     chosen = gemm_row_codes.pick_config(N, K, True)
     constants = {
-        "bias": None, "residual": None, "scales" if group == 0 else "row_scale": None, "K": K, "BN": chosen.block_n,
-        "WARPS": chosen.warps, "FORM": form, "GROUP": group, "NORM": True, "GATED": True, "BIAS": False, "ADD": False,
-        "EVEN": True, "EARLY": chosen.early, "PDL": True,
+        "bias": None, "residual": None, "K": K, "BN": chosen.block_n, "WARPS": chosen.warps, "FORM": form, "GROUP": group,
+        "NORM": True, "GATED": True, "BIAS": False, "ADD": False, "EVEN": True, "EARLY": chosen.early, "PDL": True,
     }  # fmt: skip
     kernel: Any = gemm_row_codes._row_codes
     launch = compiled(kernel, 90, constants, chosen.warps, 3, assemble=True)
-    return {"launch": f"one row, {form}, group {group}: {chosen}", **launch}
+    return {"launch": f"one row in groups, {form} of {group}: {chosen}", **launch}
 
 
 def row_int4(dtype: torch.dtype, group: int, gated: bool) -> dict[str, Any]:
@@ -235,8 +248,10 @@ def main() -> None:
                 for rows in (0.5, 100) if capability == 90 else (10,):
                     print(json.dumps(experts(capability, form, group, rest, rows)), flush=True)
         if capability == 90:
+            for form in (FP8, INT8):
+                print(json.dumps(row(form)), flush=True)
             for form, group in ROWS_OF_CODES:
-                print(json.dumps(row(form, group)), flush=True)
+                print(json.dumps(row_codes(form, group)), flush=True)
             for dtype, group in ROWS_OF_INT4:
                 for gated in (True, False):
                     print(json.dumps(row_int4(dtype, group, gated)), flush=True)

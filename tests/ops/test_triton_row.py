@@ -89,6 +89,8 @@ CODES_CONFIGS = (None, CodesRowConfig(block_n=8, warps=1), CodesRowConfig(4, 2, 
 @pytest.mark.parametrize("config", CODES_CONFIGS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_codes(kind: str, config: CodesRowConfig | None) -> None:
+    if kind in ROUNDINGS and config is not None:
+        pytest.skip("codes with a scale a row have launch shapes of another kind")
     n, k = KINDS[kind]
     rounded = codes(kind, 2 * n, k)
     matrix = packed(rounded).parts[0]

@@ -19,9 +19,9 @@ from pagewire.worker.load.gguf_architectures import LAYER_NAMES, TOP_NAMES
 from pagewire.worker.models import FAMILIES
 from pagewire.worker.models.architecture import Unsupported
 from safetensors.torch import load_file, save_file
+from worker.gguf_sizes import add_sizes
 
 CHATML = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-
 
 # --- end tokens
 
@@ -347,16 +347,10 @@ def write_qwen(path: Path, model, **keys: object) -> None:
     config = model.config
     split = keys.pop("split_max_tensors", 0)
     writer = gguf.GGUFWriter(path, config.model_type, split_max_tensors=split)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    add_sizes(writer, config)
     writer.add_key_length(
         getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
     )
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     for key, value in keys.items():
         name = f"{config.model_type}.{key.replace('__', '.')}"

@@ -14,6 +14,7 @@ from pagewire.worker.models import describe
 from pagewire.worker.models.architecture import Unsupported
 from pagewire.worker.models.cache_spec import cache_spec
 from rank_threads import run_ranks
+from worker.gguf_sizes import add_sizes
 
 
 def permute(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -32,16 +33,10 @@ def write_gguf(path, model, kind: str, quantization) -> dict[str, torch.Tensor]:
     """Save a transformers model as GGUF; returns the state that the file holds after
     quantization."""
     config, writer, state = model.config, gguf.GGUFWriter(path, kind), {}
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    add_sizes(writer, config)
     writer.add_key_length(
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     if config.rope_parameters["rope_type"] == "yarn":
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)

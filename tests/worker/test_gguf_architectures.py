@@ -16,6 +16,7 @@ from pagewire.worker.models import describe
 from rank_threads import run_ranks
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from worker.conftest import assert_close
+from worker.gguf_sizes import add_sizes
 from worker.model_variants import LONGROPE, SIZES, SOFT_CAPS
 
 TYPES = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}
@@ -60,14 +61,8 @@ def build(name: str, **changes) -> torch.nn.Module:
     return model
 
 
-def add_sizes(writer: gguf.GGUFWriter, config) -> None:
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+def add_common(writer: gguf.GGUFWriter, config) -> None:
+    add_sizes(writer, config)
     writer.add_token_list([f"token {i}" for i in range(config.vocab_size)])
     writer.add_eos_token_id(2)
 
@@ -109,7 +104,7 @@ def write(path: Path, model, kind: str, quantization=None) -> None:
     """Save `model`, whose matrices become those that the file holds after quantization."""
     config = model.config
     writer = gguf.GGUFWriter(path, kind)
-    add_sizes(writer, config)
+    add_common(writer, config)
     (add_phi3 if kind == "phi3" else add_gemma)(writer, config)
     names = gguf.get_tensor_name_map(TYPES[kind], config.num_hidden_layers)
     tied = config.tie_word_embeddings

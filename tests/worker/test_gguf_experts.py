@@ -18,6 +18,7 @@ from pagewire.worker.load.gguf_architectures import EXPERTS, LAYER_NAMES, TOP_NA
 from pagewire.worker.load.gguf_file import Gguf
 from rank_threads import run_ranks
 from safetensors.torch import load_file, save_file
+from worker.gguf_sizes import add_sizes
 from worker.test_checkpoints import permute
 
 SIZES = {
@@ -67,15 +68,9 @@ def saved(kind: Kind, path: Path) -> dict[str, torch.Tensor]:
 
 
 def metadata(writer: gguf.GGUFWriter, kind: Kind, config: Any) -> None:
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    add_sizes(writer, config)
     if head_dim := getattr(config, "head_dim", None):
         writer.add_key_length(head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     mixtral = kind.family == "Mixtral"
     writer.add_expert_count(config.num_local_experts if mixtral else config.num_experts)
