@@ -3,7 +3,7 @@ by its kernels or, for many rows, by cuBLAS: in float8 where matrices were made 
 they were dequantized.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Final
@@ -152,6 +152,23 @@ def _room(device: torch.device, elements: int, dtype: torch.dtype) -> Tensor:
     if room is None or room.numel() < needed:
         room = _rooms[device] = torch.empty(needed, dtype=torch.uint8, device=device)
     return room[:needed].view(dtype)
+
+
+def compiled_for(weights: Iterable[Tensor | QuantizedMatrices | PackedExperts]) -> list[str]:
+    """What the kernels that read `weights` are compiled for, each once, sorted: the same sizes in
+    another form want other kernels."""
+    return sorted({repr(form) for weight in weights for form in _forms(weight)})
+
+
+def _forms(weight: Tensor | QuantizedMatrices | PackedExperts) -> Iterator[object]:
+    if isinstance(weight, Tensor):
+        yield weight.shape, weight.dtype
+    elif isinstance(weight, PackedExperts):
+        yield len(weight), weight.halves, weight.shape, weight.form, weight.group, weight.rest
+    else:
+        for part in weight.parts:
+            in_blocks = part.block_scale is not None
+            yield part.shape, part.form, part.group, part.rest, part.quantize_inputs, in_blocks
 
 
 class CudaQuantizing:

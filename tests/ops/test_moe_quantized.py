@@ -326,3 +326,28 @@ def test_a_model_with_quantized_experts(rounding: Rounding) -> None:
             for decoder in (kept, full)
         )
         assert error(ours, theirs) < 1e-4
+
+
+def test_first_starts_compile_again_for_another_form_of_the_same_sizes() -> None:
+    """Else the kernels of the second checkpoint would be compiled one after the other."""
+    generator = torch.Generator().manual_seed(5)
+
+    def weights(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def one(form: str) -> list[str]:
+        packed_one = CudaQuantized(KernelChoices()).pack([FORMS[form](weights(64, 128))], False)
+        assert packed_one is not None
+        return cuda_quantized.compiled_for([packed_one])
+
+    def experts(form: str) -> list[str]:
+        return cuda_quantized.compiled_for([packed(weights(EXPERTS, 64, 128), 1, form)[0]])
+
+    dense = weights(64, 128)
+    seen = [cuda_quantized.compiled_for([dense]), cuda_quantized.compiled_for([dense.half()])]
+    seen += [made(form) for made in (one, experts) for form in FORMS]
+    assert len({tuple(forms) for forms in seen}) == len(seen)
+    for form in FORMS:
+        assert one(form) == one(form)
+        assert experts(form) == experts(form)
+    assert cuda_quantized.compiled_for([dense, dense]) == seen[0]

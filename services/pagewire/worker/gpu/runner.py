@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from msgspec.structs import astuple, replace
-from pagewire_kernels import cuda
+from pagewire_kernels import cuda, cuda_quantized
 from pagewire_kernels.communicator import CheckedCommunicator
 from pagewire_kernels.slot_state import SlotState
 from pagewire_protocol.agreed import GRAMMAR_FAILED
@@ -268,6 +268,7 @@ def _compile_ahead(
             arch,
             ranks.stage,
             loaded.dtype,
+            cuda_quantized.compiled_for(loaded.decoder.packed()),
             config,
             loaded.sizing.max_model_len,
             tokens,
