@@ -28,8 +28,8 @@ class Stored(Protocol):
     shape: torch.Size
     dtype: torch.dtype
 
-    def on(self, device: torch.device | str) -> Tensor:
-        """All of them [N, K], on that device, which takes the blocks apart."""
+    def whole(self) -> Tensor:
+        """All of them [N, K], on the CPU."""
         ...
 
     def columns(self, start: int, length: int) -> "Stored | None":
@@ -60,12 +60,7 @@ class Quantized:
 
     @property
     def codes(self) -> Tensor:
-        return self._codes_on(self.scale.device)
-
-    def _codes_on(self, device: torch.device) -> Tensor:
-        if isinstance(self.values, Tensor):
-            return self.values.to(device)
-        return self.values.on(device)
+        return self.values if isinstance(self.values, Tensor) else self.values.whole()
 
     @property
     def shape(self) -> torch.Size:
@@ -85,7 +80,8 @@ class Quantized:
         return self.values.dtype == torch.float8_e4m3fn
 
     def to(self, device: torch.device | str) -> "Quantized":
-        """On that device; codes that stay in a file's blocks are taken out of them for a GPU."""
+        """On that device; codes that stay in a file's blocks are taken out of them for another than
+        the CPU."""
         target = torch.device(device)
         if target.type == "cpu" and self.scale.device.type == "cpu":
             return self
@@ -93,7 +89,7 @@ class Quantized:
         table = None if self.table is None else self.table.to(target)
         return replace(
             self,
-            values=self._codes_on(target),
+            values=self.codes.to(target),
             scale=self.scale.to(target),
             minimum=minimum,
             table=table,
@@ -173,6 +169,30 @@ class Quantized:
         if self.table.dim() == 1:
             return self.table[self.codes.int()]
         return self.table.gather(1, self.codes.long())
+
+
+class StoredMatrix(Protocol):
+    """A quantized matrix [N, K] that stays in a file until it is known which part is wanted where.
+    Not a Tensor; what reads both asks that first."""
+
+    shape: torch.Size
+    ndim: int
+
+    def to(self, device: torch.device | str) -> Quantized:
+        """Taken apart on that device; on the CPU codes may stay in the blocks of the file."""
+        ...
+
+    def take(self, rows: Tensor | Sequence[int]) -> "StoredMatrix":
+        """See Quantized."""
+        ...
+
+    def narrow(self, dim: int, start: int, length: int) -> "StoredMatrix | Quantized":
+        """See Quantized."""
+        ...
+
+    def dequantize(self) -> Tensor:
+        """See Quantized."""
+        ...
 
 
 def pad_rows(values: np.ndarray, count: int) -> np.ndarray:

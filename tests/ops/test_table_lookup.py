@@ -8,7 +8,7 @@ import pytest
 import torch
 from ops.moe_cases import MoeCase, moe_case
 from ops.triton_cases import error
-from pagewire.worker.load.gguf_quantized import take_apart
+from pagewire.worker.load.gguf_quantized import in_file
 from pagewire.worker.models.rounding import in_blocks
 from pagewire_kernels import cuda_quantized, gpu_quantized_size, moe_quantized
 from pagewire_kernels.cuda_quantized import CudaQuantized, QuantizedMatrices
@@ -124,7 +124,7 @@ def test_blocks_of_gguf(kind: str, size: int, blocks: int) -> None:
     """What a file's blocks are dequantized to, rounded once."""
     rows = np.random.default_rng(3).integers(0, 256, (64, blocks, size), dtype=np.uint8)
     rows[:, :, :2] = np.array([0.0123], np.float16).view(np.uint8)
-    matrix = take_apart(kind, rows.reshape(64, -1), size)
+    matrix = in_file(kind, rows.reshape(64, -1), size).to("cpu")
     assert torch.equal(pack(matrix).dense(torch.bfloat16), matrix.dequantize().bfloat16())
 
 

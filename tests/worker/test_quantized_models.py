@@ -11,7 +11,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from pagewire.config import ModelConfig, WorkerConfig
 from pagewire.worker.load import cpu_crossings, loader, quantizing
 from pagewire.worker.load.gguf_file import Gguf
-from pagewire.worker.load.gguf_quantized import TYPES, take_apart
+from pagewire.worker.load.gguf_quantized import TYPES, in_file, taken_apart
 from pagewire.worker.load.weights import load
 from pagewire.worker.models import describe, rotary
 from pagewire.worker.models.architecture import Unsupported
@@ -64,11 +64,17 @@ def test_blocks_are_taken_apart_exactly(kind: str) -> None:
             random.standard_normal((15, 1)).astype(np.float16).view(np.uint8)
         )
     wanted = gguf.quants.dequantize(rows, GGMLQuantizationType[kind])
-    matrix = take_apart(kind, rows, size)
+    stored = in_file(kind, rows, size)
+    matrix = stored.to("cpu")
     assert np.array_equal(matrix.dequantize().numpy(), wanted)
+    assert np.array_equal(stored.dequantize().numpy(), wanted)
     # by NumPy, for a CPU's panels, as by torch, for a GPU
     by_place = matrix.by_place(0, 5, 5)[:, 0].transpose(2, 1, 0).reshape(5, -1)
     assert np.array_equal(by_place, matrix.codes.numpy())
+    by_torch = taken_apart(TYPES[kind], torch.from_numpy(rows.reshape(5, 3, size)))
+    assert torch.equal(by_torch.codes, matrix.codes)
+    assert torch.equal(by_torch.scale, matrix.scale)
+    assert np.array_equal(by_torch.dequantize().numpy(), wanted)
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -76,13 +82,17 @@ def test_columns_stay_in_their_blocks(kind: str) -> None:
     """So that a rank's part of a matrix is cut from the file, and not from all of its codes."""
     values, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     rows = np.random.default_rng(1).integers(0, 120, (3, 4 * size), dtype=np.uint8)
-    matrix = take_apart(kind, rows, size)
-    part = matrix.narrow(1, values, 2 * values)
-    assert not isinstance(part.values, torch.Tensor)
-    whole = matrix.dequantize().nan_to_num()
-    assert torch.equal(part.dequantize().nan_to_num(), whole[:, values : 3 * values])
-    cut = matrix.narrow(1, 16, values)
-    assert torch.equal(cut.dequantize().nan_to_num(), whole[:, 16 : values + 16])
+    stored = in_file(kind, rows, size)
+    whole = stored.dequantize().nan_to_num()
+    for matrix in (stored, stored.to("cpu")):
+        part = matrix.narrow(1, values, 2 * values)
+        assert part.shape == (3, 2 * values)
+        assert not isinstance(part.to("cpu").values, torch.Tensor)
+        assert torch.equal(part.dequantize().nan_to_num(), whole[:, values : 3 * values])
+        cut = matrix.narrow(1, 16, values)
+        assert torch.equal(cut.dequantize().nan_to_num(), whole[:, 16 : values + 16])
+        assert torch.equal(matrix.narrow(0, 1, 2).dequantize().nan_to_num(), whole[1:])
+        assert torch.equal(matrix.take([2, 0]).dequantize().nan_to_num(), whole[[2, 0]])
 
 
 def decoder_of(config: dict, dtype: torch.dtype, bits: int, like: Decoder | None = None) -> Decoder:

@@ -15,13 +15,13 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
-from pagewire_kernels.quantized import Quantized
 
 from ...checkpoint import end_tokens, gguf_files, model_types
 from ..models.architecture import Config, Unsupported
 from ..models.rope import DEFAULT_THETA
 from . import gguf_architectures, gguf_quantized
 from .gguf_architectures import GgufArchitecture
+from .gguf_quantized import InFile
 
 SCALARS: Final = {
     0: "<B",
@@ -83,7 +83,8 @@ class _Part:
 
     def __init__(self, path: Path) -> None:
         self.path, self._at = path, 24
-        self.bytes = np.memmap(path, np.uint8, "r")
+        # as a plain array: each part of a memmap costs microseconds
+        self.bytes = np.memmap(path, np.uint8, "r").view(np.ndarray)
         self._view = self.bytes.data
         if len(self._view) < 24 or bytes(self._view[:4]) != b"GGUF":
             raise Unsupported(f"{path} is not a GGUF file")
@@ -310,7 +311,7 @@ class Gguf:
 
     def weight(
         self, place: Place, config: Config, quantized: bool = False
-    ) -> torch.Tensor | Quantized:
+    ) -> torch.Tensor | InFile:
         """In torch's shape, with the rows of Llama's queries and keys back in the order of the
         checkpoint: float32, or where `quantized` and the type can stay so, as it is in the file."""
         name = place.tensor
@@ -321,12 +322,12 @@ class Gguf:
         if self.architecture.permuted and matrix in ("attn_q", "attn_k"):
             heads = config["num_attention_heads" if matrix == "attn_q" else "num_key_value_heads"]
             rows = torch.from_numpy(unpermute(np.arange(value.shape[0]), heads))
-            return value.take(rows) if isinstance(value, Quantized) else value[rows]
+            return value[rows] if isinstance(value, torch.Tensor) else value.take(rows)
         if matrix in gguf_architectures.ONE_ROW and isinstance(value, torch.Tensor):
             return value.view(1, -1)
         return value
 
-    def _quantized(self, place: Place) -> Quantized | None:
+    def _quantized(self, place: Place) -> InFile | None:
         """None where the tensor is no matrix, or of another type."""
         if len(self.entries[place.tensor].shape) not in MATRIX_DIMENSIONS:
             return None
@@ -334,9 +335,8 @@ class Gguf:
             type_name, size, raw = self._raw(place.tensor)
             if type_name not in gguf_quantized.TYPES:
                 return None
-            return gguf_quantized.take_apart(
-                type_name, raw[place.expert] if raw.ndim == 3 else raw, size
-            )
+            rows = raw[place.expert] if raw.ndim == 3 else raw
+            return gguf_quantized.in_file(type_name, rows, size)
 
     def _full(self, place: Place) -> np.ndarray:
         """Dequantized, float32."""

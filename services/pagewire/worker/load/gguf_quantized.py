@@ -1,13 +1,14 @@
 """Blocks of GGUF's types taken apart into codes, scales and minima, without loss. Knows no files.
 
 Codes stay in their blocks until they are packed: a model's are too many to be held twice, or to be
-moved more often than once. For a GPU blocks are moved there, and taken apart by it. Layouts:
+moved more often than once. For a GPU blocks are moved there, and taken apart by it, scales too:
+mixtures have thousands of matrices, and NumPy would take most of their start. Layouts:
 ggml's ggml-common.h (block_q4_0 to block_q6_K, block_iq4_nl and block_iq4_xs). Other types with
 lookup tables, and those of less than 4 bits, are not among them.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -16,18 +17,20 @@ from pagewire_kernels.lookup_tables import IQ4
 from pagewire_kernels.quantized import Quantized, pad_rows
 from torch import Tensor
 
-Bytes = np.ndarray
-"""uint8 [blocks, bytes of a block]."""
 Fields = Any
-"""uint8 [bytes of a block, ...], of NumPy or a Tensor: what takes them apart is written for both."""
-Scales = tuple[np.ndarray, np.ndarray | None]
+"""uint8, of NumPy or a Tensor: what takes blocks apart is written for both. Codes are made from
+[bytes of a block, ...], scales from [blocks, bytes of a block]."""
+Scales = tuple[Fields, Fields | None]
 """Scales and minima [blocks, groups] float32."""
 
 
-def _half(data: Bytes, at: int) -> np.ndarray:
+def _half(data: Fields, at: int) -> Fields:
     """[blocks, 1] float32: the float16 at a byte of each block. All blocks have an even number of
     bytes."""
+    if isinstance(data, Tensor):
+        return data[:, at : at + 2].contiguous().view(torch.float16).float()
     found = data.view(np.float16)[:, at // 2, None]
+    # torch's conversion is several times as fast as NumPy's
     return torch.from_numpy(np.ascontiguousarray(found)).float().numpy()
 
 
@@ -38,7 +41,7 @@ def _joined(parts: tuple[Fields, ...], axis: int = 0) -> Fields:
 
 
 def _signed(codes: Fields) -> Fields:
-    """The same bytes as int8."""
+    """The same bytes as int8; scales times them are float32."""
     return codes.view(torch.int8 if isinstance(codes, Tensor) else np.int8)
 
 
@@ -78,32 +81,31 @@ def _q6_k(data: Fields) -> Fields:
     return _signed(codes) - 32
 
 
-def _one_scale(data: Bytes) -> Scales:
+def _one_scale(data: Fields) -> Scales:
     return _half(data, 0), None
 
 
-def _scale_and_minimum(data: Bytes) -> Scales:
+def _scale_and_minimum(data: Fields) -> Scales:
     return _half(data, 0), _half(data, 2)
 
 
-def _scale_from_8(data: Bytes) -> Scales:
+def _scale_from_8(data: Fields) -> Scales:
     scale = _half(data, 0)
     return scale, -8 * scale
 
 
-def _k_scales(data: Bytes) -> Scales:
+def _k_scales(data: Fields) -> Scales:
     """Of a type with superblocks: two float16, times 6-bit numbers packed in 12 bytes."""
-    packed = data[:, 4:16]
-    low = packed[:, :4]
-    middle = packed[:, 4:8]
-    high = packed[:, 8:]
-    scales = np.concatenate([low & 63, (high & 15) | (low >> 6 << 4)], -1)
-    minima = np.concatenate([middle & 63, (high >> 4) | (middle >> 6 << 4)], -1)
+    low = data[:, 4:8]
+    middle = data[:, 8:12]
+    high = data[:, 12:16]
+    scales = _joined((low & 63, (high & 15) | (low >> 6 << 4)), -1)
+    minima = _joined((middle & 63, (high >> 4) | (middle >> 6 << 4)), -1)
     return _half(data, 0) * scales, -(_half(data, 2) * minima)
 
 
-def _q6_k_scales(data: Bytes) -> Scales:
-    return _half(data, 208) * np.ascontiguousarray(data[:, 192:208]).view(np.int8), None
+def _q6_k_scales(data: Fields) -> Scales:
+    return _half(data, 208) * _signed(data[:, 192:208]), None
 
 
 def _iq4_xs(data: Fields) -> Fields:
@@ -112,13 +114,18 @@ def _iq4_xs(data: Fields) -> Fields:
     return _joined((parts & 15, parts >> 4), 1).reshape(256, *data.shape[1:])
 
 
-def _iq4_xs_scales(data: Bytes) -> Scales:
-    """A float16 times numbers of 6 bits less 32: 4 bits in bytes, 2 more in a word before them."""
-    high = np.ascontiguousarray(data[:, 2:4]).view(np.uint16)
-    high = high >> np.arange(0, 16, 2, dtype=np.uint16) & 3
-    low = np.stack((data[:, 4:8] & 15, data[:, 4:8] >> 4), -1).reshape(-1, 8)
-    scales = (low | high.astype(np.uint8) << 4).astype(np.int8) - np.int8(32)
-    return _half(data, 0) * scales, None
+def _iq4_xs_scales(data: Fields) -> Scales:
+    """A float16 times numbers of 6 bits less 32: 4 bits in bytes, 2 more in the two bytes before
+    them."""
+    low = _interleaved(data[:, 4:8] & 15, data[:, 4:8] >> 4)
+    high = _interleaved(*(data[:, 2:4] >> shift & 3 for shift in (0, 2, 4, 6)))
+    return _half(data, 0) * (_signed(low | high << 4) - 32), None
+
+
+def _interleaved(*parts: Fields) -> Fields:
+    """The first column of each, then the second of each."""
+    rows = len(parts[0])
+    return _joined(tuple(part[:, :, None] for part in parts), 2).reshape(rows, -1)
 
 
 class Layout(NamedTuple):
@@ -128,7 +135,7 @@ class Layout(NamedTuple):
     values: int
     dtype: torch.dtype
     codes: Callable[[Fields], Fields]
-    scales: Callable[[Bytes], Scales]
+    scales: Callable[[Fields], Scales]
     table: tuple[int, ...] | None = None
 
 
@@ -173,39 +180,104 @@ class Blocks:
             np.ascontiguousarray(rows.reshape(-1, lanes, *rows.shape[1:]).transpose(3, 0, 2, 1))
         )
 
-    def on(self, device: torch.device | str) -> Tensor:
+    def whole(self) -> Tensor:
         """See pagewire_kernels.quantized.Stored."""
-        with warnings.catch_warnings():
-            # the file is mapped for reading, and only read
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            data = torch.from_numpy(self._data).to(device)
-        codes = self._layout.codes(data.movedim(2, 0))
-        return codes.movedim(0, 2).reshape(self.shape)
+        return _codes(self._layout, _tensor(self._data))
 
     def columns(self, start: int, length: int) -> "Blocks | None":
         """See pagewire_kernels.quantized.Stored."""
-        values = self._layout.values
-        if start % values or length % values:
-            return None
-        blocks = slice(start // values, (start + length) // values)
-        return Blocks(self._layout, self._data[:, blocks])
+        blocks = _whole_blocks(self._layout, start, length)
+        return None if blocks is None else Blocks(self._layout, self._data[:, blocks])
 
     def __getitem__(self, rows: Tensor) -> "Blocks":
         return Blocks(self._layout, self._data[rows.numpy()])
 
 
-def take_apart(type_name: str, rows: np.ndarray, block_bytes: int) -> Quantized:
-    """rows [N, bytes] uint8 of a matrix of this type -> [N, K]. Equal to the `gguf` library's
-    dequantization, bit for bit."""
-    layout = TYPES[type_name]
-    count = len(rows)
+class InFile:
+    """A matrix in the blocks of a file: data [N, blocks of a row, bytes of a block] uint8. A
+    pagewire_kernels.quantized.StoredMatrix."""
 
-    def tensor(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values.reshape(count, -1)))
+    ndim = 2
 
-    scale, minimum = layout.scales(rows.reshape(-1, block_bytes))
-    blocks = Blocks(layout, rows.reshape(count, -1, block_bytes))
-    table = None if layout.table is None else torch.tensor(layout.table, dtype=torch.float32)
+    def __init__(self, layout: Layout, data: np.ndarray) -> None:
+        self._layout, self._data = layout, data
+        self.shape = torch.Size((len(data), data.shape[1] * layout.values))
+
+    def take(self, rows: Tensor | Sequence[int]) -> "InFile":
+        """See pagewire_kernels.quantized.StoredMatrix."""
+        return InFile(self._layout, self._data[np.asarray(rows)])
+
+    def narrow(self, dim: int, start: int, length: int) -> "InFile | Quantized":
+        """See pagewire_kernels.quantized.StoredMatrix."""
+        if dim == 0:
+            return InFile(self._layout, self._data[start : start + length])
+        blocks = _whole_blocks(self._layout, start, length)
+        if blocks is None:
+            return self.to("cpu").narrow(dim, start, length)
+        return InFile(self._layout, self._data[:, blocks])
+
+    def to(self, device: torch.device | str) -> Quantized:
+        """See pagewire_kernels.quantized.StoredMatrix."""
+        target = torch.device(device)
+        if target.type != "cpu":
+            return taken_apart(self._layout, _tensor(self._data).to(target))
+        scale, minimum = self._layout.scales(
+            np.ascontiguousarray(self._data).reshape(-1, self._data.shape[2])
+        )
+        return Quantized(
+            Blocks(self._layout, self._data),
+            self._by_row(scale),
+            None if minimum is None else self._by_row(minimum),
+            table=_table(self._layout, target),
+        )
+
+    def _by_row(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values.reshape(len(self._data), -1)))
+
+    def dequantize(self) -> Tensor:
+        """See pagewire_kernels.quantized.StoredMatrix."""
+        return self.to("cpu").dequantize()
+
+
+def taken_apart(layout: Layout, data: Tensor) -> Quantized:
+    """data [N, blocks of a row, bytes of a block] uint8 -> [N, K], on its device."""
+    rows = len(data)
+    scale, minimum = layout.scales(data.view(-1, data.shape[2]))
     return Quantized(
-        blocks, tensor(scale), None if minimum is None else tensor(minimum), table=table
+        _codes(layout, data),
+        scale.view(rows, -1),
+        None if minimum is None else minimum.view(rows, -1),
+        table=_table(layout, data.device),
     )
+
+
+def _table(layout: Layout, device: torch.device) -> Tensor | None:
+    if layout.table is None:
+        return None
+    return torch.tensor(layout.table, dtype=torch.float32, device=device)
+
+
+def _codes(layout: Layout, data: Tensor) -> Tensor:
+    """Blocks [N, blocks of a row, bytes of a block] -> [N, K], on their device."""
+    return layout.codes(data.movedim(2, 0)).movedim(0, 2).reshape(len(data), -1)
+
+
+def _tensor(data: np.ndarray) -> Tensor:
+    with warnings.catch_warnings():
+        # the file is mapped for reading, and only read
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(np.ascontiguousarray(data))
+
+
+def _whole_blocks(layout: Layout, start: int, length: int) -> slice | None:
+    """The blocks of these inputs; None where they are no whole ones."""
+    values = layout.values
+    if start % values or length % values:
+        return None
+    return slice(start // values, (start + length) // values)
+
+
+def in_file(type_name: str, rows: np.ndarray, block_bytes: int) -> InFile:
+    """rows [N, bytes] uint8 of a matrix of this type [N, K]. What it is taken apart into is equal to
+    the `gguf` library's dequantization, bit for bit."""
+    return InFile(TYPES[type_name], rows.reshape(len(rows), -1, block_bytes))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final, cast
 
 import torch
-from pagewire_kernels.quantized import Quantized
+from pagewire_kernels.quantized import Quantized, StoredMatrix
 from torch import Tensor
 
 from ...checkpoint.weight_files import PYTORCH, SAFETENSORS
@@ -25,13 +25,13 @@ from ..models.decoder import Decoder
 from ..models.weight_slots import WeightSlot
 from . import kv_dtype
 from .formats.base import Assembler, CheckpointFormat
-from .gguf_file import Gguf
+from .gguf_file import Gguf, Place
 from .pytorch_file import PytorchFiles
 from .sources import safetensors_files
 
 Source = Path | Gguf | PytorchFiles
 """A directory of safetensors, or another kind of file, open."""
-Value = tuple[str, Tensor | Quantized]
+Value = tuple[str, Tensor | Quantized | StoredMatrix]
 """A tensor by its name."""
 Progress = Callable[[str, float], None]
 Skip = Callable[[str], bool]
@@ -77,7 +77,7 @@ def _read(
     """Under the decoder's names. Layers of other pipeline stages are not read."""
     skip = model.is_elsewhere
     if isinstance(source, Gguf):
-        return cut_joined(from_gguf(source, config, quantized, skip), model.arch)
+        return cut_joined(from_gguf(source, config, quantized, skip, device), model.arch)
     tensors: Iterator[Value] = (
         (value for value in source.tensors() if not skip(value[0]))
         if isinstance(source, PytorchFiles)
@@ -136,7 +136,7 @@ def converted(tensors: Iterable[Value], config: Config, arch: Architecture) -> I
         if convert is None:
             yield name, tensor
             continue
-        if isinstance(tensor, Quantized) and convert is gpt2.tensors:
+        if not isinstance(tensor, Tensor) and convert is gpt2.tensors:
             tensor = tensor.dequantize()
         yield from cast(Iterator[Value], convert(name, cast(Tensor, tensor), arch))
 
@@ -238,14 +238,24 @@ def check_safetensors(directory: Path) -> None:
 
 
 def from_gguf(
-    file: Gguf, config: Config, quantized: bool = False, skip: Skip = lambda name: False
+    file: Gguf,
+    config: Config,
+    quantized: bool = False,
+    skip: Skip = lambda name: False,
+    device: torch.device | str = "cpu",
 ) -> Iterator[Value]:
-    """Every weight, by as many threads as torch uses: as Quantized where asked for and its type is
-    one of those that can stay so, else dequantized to float32."""
+    """Every weight, by as many threads as torch uses: quantized where asked for and its type is one
+    of those that can stay so, else dequantized to float32. For a GPU quantized matrices stay in the
+    file until a slot moves its part."""
     places = [place for place in file.places() if not skip(place.name)]
+    on_cpu = torch.device(device).type == "cpu"
+
+    def read(place: Place) -> Tensor | Quantized | StoredMatrix:
+        value = file.weight(place, config, quantized)
+        return value if isinstance(value, Tensor) or not on_cpu else value.to("cpu")
+
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for first in range(0, len(places), GROUP):
             group = places[first : first + GROUP]
-            values = pool.map(lambda place: file.weight(place, config, quantized), group)
-            for place, value in zip(group, values, strict=True):
+            for place, value in zip(group, pool.map(read, group), strict=True):
                 yield place.name, value

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from pagewire_kernels.backend import Ops
-from pagewire_kernels.quantized import Quantized
 from torch import Tensor
 
 from .linear_method import (
@@ -18,7 +17,7 @@ from .linear_method import (
     LinearWeight,
 )
 from .rounding import Rounding
-from .weight_slots import TensorSlice, WeightSlot, WeightSlots
+from .weight_slots import AnyMatrix, TensorSlice, WeightSlot, WeightSlots
 
 
 @dataclass(frozen=True)
@@ -74,12 +73,12 @@ class RoundedTarget:
         """Of the memory."""
         return self._memory.device
 
-    def copy_(self, value: Tensor | Quantized) -> None:
+    def copy_(self, value: AnyMatrix) -> None:
         """Take a matrix; one that comes quantized is not rounded again."""
-        if isinstance(value, Quantized):
-            self._memory.copy_(value.dequantize())
-        else:
+        if isinstance(value, Tensor):
             self._memory.copy_(self._rounding.full(value.to(self._memory.device)))
+        else:
+            self._memory.copy_(value.dequantize())
 
 
 def target_for(memory: Tensor, rounding: Rounding | None) -> Tensor | RoundedTarget:

@@ -155,6 +155,10 @@ class FallbackDecoder:
         self._attention = attention
         model.set_attn_implementation(attention.name)
 
+    def packed(self) -> Iterator[Tensor]:
+        """None: its matrices are transformers' own, which no kernel of Pagewire reads."""
+        yield from ()
+
     def __call__(
         self,
         ids: Tensor,

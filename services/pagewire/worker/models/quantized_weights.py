@@ -23,7 +23,7 @@ from .linear_method import (
     LinearWeight,
 )
 from .rounding import Rounding
-from .weight_slots import TensorSlice, WeightSlot, WeightSlots
+from .weight_slots import AnyMatrix, TensorSlice, WeightSlot, WeightSlots
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,14 @@ class QuantizedSlot:
         self.shape = torch.Size((rows, columns))
         self.value: Tensor | Quantized | None = None
 
-    def copy_(self, value: Tensor | Quantized) -> None:
+    def copy_(self, value: AnyMatrix) -> None:
         """Keep `value` [rows, columns], rounded where asked for."""
-        value = value.to(self.device)
-        if isinstance(value, Tensor) and self._rounding is not None:
-            value = self._rounding.values(value)
-        if isinstance(value, Tensor):
-            value = value.to(self._dtype, copy=True)
-        self.value = value
+        held = value.to(self.device)
+        if isinstance(held, Tensor) and self._rounding is not None:
+            held = self._rounding.values(held)
+        if isinstance(held, Tensor):
+            held = held.to(self._dtype, copy=True)
+        self.value = held
         self._arrived()
 
     def dense(self) -> Tensor:

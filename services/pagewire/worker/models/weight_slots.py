@@ -8,13 +8,13 @@ the kernels want. Knows no file format.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final, Protocol, TypeVar
+from typing import Final, Protocol
 
 import torch
-from pagewire_kernels.quantized import Quantized
+from pagewire_kernels.quantized import Quantized, StoredMatrix
 from torch import Tensor
 
-Matrix = TypeVar("Matrix", Tensor, Quantized)
+AnyMatrix = Tensor | Quantized | StoredMatrix
 VOCABULARY_UNIT: Final = 64
 """Tokens of which each rank has a multiple."""
 
@@ -29,7 +29,7 @@ class TensorSlice:
     length: int
     total: int
 
-    def of(self, value: Matrix) -> Matrix:
+    def of(self, value: AnyMatrix) -> AnyMatrix:
         """This part of a checkpoint's tensor, without a copy."""
         return value.narrow(self.dim, self.start, self.length)
 
@@ -94,7 +94,7 @@ class SlotTarget(Protocol):
         """Where the slot's part is held."""
         ...
 
-    def copy_(self, value: Tensor | Quantized, /) -> object:
+    def copy_(self, value: AnyMatrix, /) -> object:
         """Take the slot's part of a checkpoint's tensor."""
         ...
 
@@ -124,18 +124,18 @@ class WeightSlot:
             sizes[self.slice.dim] = self.slice.total
         return torch.Size(sizes)
 
-    def fill(self, value: Tensor | Quantized) -> None:
+    def fill(self, value: AnyMatrix) -> None:
         """Copy this slot's part of a checkpoint's tensor to its place."""
-        if self.rounding is not None and not isinstance(value, Quantized):
+        if self.rounding is not None and isinstance(value, Tensor):
             value = self.rounding(value.to(self.target.device))
-        if not isinstance(value, Quantized):
+        if not isinstance(self.target, Tensor):
             self.target.copy_(self._taken(value))
-        elif isinstance(self.target, Tensor):
-            self.target.copy_(self._taken(value.dequantize()))
-        else:
-            self.target.copy_(self._taken(value))
+            return
+        part = self._taken(value if isinstance(value, Tensor) else value.dequantize())
+        assert isinstance(part, Tensor)
+        self.target.copy_(part)
 
-    def _taken(self, value: Matrix) -> Matrix:
+    def _taken(self, value: AnyMatrix) -> AnyMatrix:
         """Its part, with rows in order."""
         part = value if self.slice is None else self.slice.of(value)
         return part if self.row_order is None else in_order(part, self.row_order)
@@ -144,10 +144,8 @@ class WeightSlot:
 WeightSlots = Iterator[WeightSlot]
 
 
-def in_order(value: Matrix, order: Tensor) -> Matrix:
+def in_order(value: AnyMatrix, order: Tensor) -> AnyMatrix:
     """`value` with each len(order) rows that follow each other put in `order`."""
     starts = torch.arange(0, value.shape[0], len(order))
     rows = (starts[:, None] + order).flatten()
-    if isinstance(value, Quantized):
-        return value.take(rows)
-    return value[rows]
+    return value[rows] if isinstance(value, Tensor) else value.take(rows)
