@@ -1,13 +1,16 @@
-"""The matcher process as a worker's end of it speaks to it: whatever was said while a grammar was
-still being compiled counts."""
+"""The matcher process as a worker's end of it speaks to it: by messages, and in the memory that both
+have."""
 
+import time
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from pagewire.config import ModelConfig
 from pagewire.grammar.child import MatcherProcess
-from pagewire.grammar.messages import Advance, Close, Masks, Open, Start, ToMatcher
+from pagewire.grammar.messages import Close, Look, Open, Start, ToMatcher, mask_words
+from pagewire.grammar.process import AWAKE_S
+from pagewire.grammar.shared import SharedMasks
 from pagewire.hub.huggingface import demo_gguf
 from pagewire_protocol.grammar import Grammar, GrammarKind
 
@@ -21,30 +24,32 @@ class Worker:
     """What a worker knows of its matcher process."""
 
     def __init__(self) -> None:
-        self.process = MatcherProcess(Start(ModelConfig(model=str(demo_gguf())), VOCAB, EOS, 2))
+        self.shared = SharedMasks(2, mask_words(VOCAB), 1, 0)
+        start = Start(ModelConfig(model=str(demo_gguf())), VOCAB, EOS, 2)
+        self.process = MatcherProcess(start, self.shared)
 
     def send(self, *messages: ToMatcher) -> None:
         """All of them before the process can answer any."""
         for message in messages:
             self.process.send(message)
 
-    def masks(self, wanted: dict[int, int]) -> dict[int, list[int]]:
-        """By key, the tokens that the mask allows, once all have come for the output positions
-        `wanted`. Masks of earlier ones may come before, of other streams none."""
-        found: dict[int, list[int]] = {}
-        while len(found) < len(wanted):
-            assert self.process.wait(WAIT_S), f"{wanted} wanted, and only {list(found)} have come"
-            for message in self.process.receive():
-                assert isinstance(message, Masks)
-                keys = np.frombuffer(message.keys, np.uint64).tolist()
-                positions = np.frombuffer(message.positions, np.int32).tolist()
-                for key, position in zip(keys, positions, strict=True):
-                    assert position <= wanted[key]
-                    if position == wanted[key]:
-                        bits = self.process.masks[key - 1].view(np.uint8)
-                        unpacked = np.unpackbits(bits, bitorder="little")
-                        found[key] = np.flatnonzero(unpacked).tolist()
-        return found
+    def tell(self, row: int, key: int, position: int, token: int) -> None:
+        """The next token of the stream `key`."""
+        rows, keys = np.array([row]), np.array([key], np.uint64)
+        self.shared.tell(rows, keys, np.array([position]), np.array([token], np.int32))
+        if self.shared.asleep[0]:
+            self.process.send(Look())
+
+    def mask(self, row: int, key: int, position: int) -> list[int]:
+        """The tokens that the mask of `row` allows, once it is that of this stream and place."""
+        end = time.monotonic() + WAIT_S
+        while time.monotonic() < end:
+            assert not self.process.receive(), "something failed"
+            if self.shared.keys[0, row] == key and self.shared.positions[0, row] == position:
+                bits = np.unpackbits(self.shared.masks[0, row].view(np.uint8), bitorder="little")
+                return np.flatnonzero(bits).tolist()
+            time.sleep(0.0001)
+        raise AssertionError(f"no mask of {key} for place {position} within {WAIT_S} s")
 
 
 @pytest.fixture
@@ -58,12 +63,6 @@ def column(*tokens: int) -> bytes:
     return np.array(tokens, np.int32).tobytes()
 
 
-def advance(**tokens: int) -> Advance:
-    """Of the streams k1 and k2."""
-    keys = np.array([int(name[1:]) for name in tokens], np.uint64)
-    return Advance(keys.tobytes(), column(*tokens.values()))
-
-
 def regex(source: str) -> Grammar:
     return Grammar(GrammarKind.REGEX, source)
 
@@ -71,26 +70,43 @@ def regex(source: str) -> Grammar:
 GRAMMAR = regex("abc[xyz]")
 
 
-def test_a_token_that_comes_before_the_grammar_is_compiled_counts(worker: Worker) -> None:
-    """As after the end of a process: the next one is told of all streams as they are, while a step
-    of theirs is still under way."""
-    worker.send(Open(1, 0, GRAMMAR, b""), Open(2, 1, GRAMMAR, column(A)))
-    worker.send(advance(k1=A, k2=B), advance(k1=B))
-    found = worker.masks({1: 2, 2: 2})
-    assert C in found[1] and A not in found[1] and found[1] == found[2]
+def test_each_token_that_is_told_brings_the_next_mask(worker: Worker) -> None:
+    """At once, and after a while in which the process has gone to sleep."""
+    worker.send(Open(1, 0, GRAMMAR, b""))
+    assert A in worker.mask(0, 1, 0)
+    worker.tell(0, 1, 0, A)
+    assert B in worker.mask(0, 1, 1)
+    time.sleep(2 * AWAKE_S)
+    worker.tell(0, 1, 1, B)
+    assert C in worker.mask(0, 1, 2)
 
 
 def test_a_stream_that_is_opened_again_is_as_the_newest_word_says(worker: Worker) -> None:
-    """And goes on as one that was there from the beginning."""
-    worker.send(Open(1, 0, GRAMMAR, b""), advance(k1=A))
-    worker.send(Open(1, 0, GRAMMAR, column(A)), advance(k1=B))
-    assert C in worker.masks({1: 2})[1]
-    worker.send(advance(k1=C))
-    assert C not in worker.masks({1: 3})[1]
+    """And goes on as one that was there from the beginning. What is told of the earlier opening is
+    for nobody."""
+    worker.send(Open(1, 0, GRAMMAR, b""))
+    assert A in worker.mask(0, 1, 0)
+    worker.send(Close((1,)), Open(2, 0, GRAMMAR, column(A)))
+    worker.tell(0, 1, 0, C)
+    assert B in worker.mask(0, 2, 1)
+    worker.tell(0, 2, 1, B)
+    assert C in worker.mask(0, 2, 2)
 
 
-def test_what_came_for_a_stream_that_was_closed_is_of_no_use_to_the_next(worker: Worker) -> None:
-    worker.send(Open(1, 0, GRAMMAR, b""), advance(k1=A), Close((1,)))
-    worker.send(Open(2, 1, GRAMMAR, column(A)), Open(1, 0, GRAMMAR, b""), advance(k2=B))
-    found = worker.masks({1: 0, 2: 2})
-    assert A in found[1] and C in found[2]
+def test_a_row_has_one_stream_after_the_other(worker: Worker) -> None:
+    worker.send(Open(1, 0, GRAMMAR, b""), Close((1,)))
+    worker.send(Open(2, 1, GRAMMAR, column(A)), Open(3, 0, GRAMMAR, b""))
+    assert A in worker.mask(0, 3, 0) and B in worker.mask(1, 2, 1)
+    worker.tell(1, 2, 1, B)
+    assert C in worker.mask(1, 2, 2)
+    assert worker.shared.positions[0, 0] == 0
+
+
+def test_a_token_for_another_place_or_stream_changes_nothing(worker: Worker) -> None:
+    worker.send(Open(1, 0, GRAMMAR, b""), Open(2, 1, GRAMMAR, b""))
+    assert A in worker.mask(0, 1, 0) and A in worker.mask(1, 2, 0)
+    worker.tell(0, 1, 1, B)  # a place too far
+    worker.tell(0, 7, 0, A)  # nobody's
+    worker.tell(1, 2, 0, A)
+    assert B in worker.mask(1, 2, 1)
+    assert worker.shared.positions[0, 0] == 0

@@ -9,17 +9,8 @@ from random import Random
 import numpy as np
 from pagewire.config import ModelConfig
 from pagewire.grammar.child import MatcherGone
-from pagewire.grammar.messages import (
-    Advance,
-    Close,
-    Failed,
-    FromMatcher,
-    Masks,
-    Open,
-    Start,
-    ToMatcher,
-    mask_words,
-)
+from pagewire.grammar.messages import Close, Failed, FromMatcher, Open, Start, ToMatcher
+from pagewire.grammar.shared import Rows, SharedMasks
 from pagewire.worker.step.grammar_masks import GrammarMasks
 from pagewire_protocol.grammar import Grammar, GrammarKind
 
@@ -41,11 +32,15 @@ def allowed(source: str, output: list[int], vocab_size: int) -> list[int]:
 class StandIn:
     """One process. `late`: how likely each answer is not there yet when it is asked for."""
 
-    def __init__(self, start: Start, late: float = 0.0, random: Random | None = None) -> None:
-        self.masks = np.zeros((start.rows, mask_words(start.vocab_size)), np.uint32)
+    def __init__(
+        self, start: Start, shared: SharedMasks, late: float = 0.0, random: Random | None = None
+    ) -> None:
         self.is_ready = True
         self.ready_at = 0.0
         self.dead = False
+        self.rows = Rows(shared, start.index)
+        self.looked = 0
+        """How often it was woken."""
         self._late = late
         self._random = random or Random(0)
         self._vocab_size = start.vocab_size
@@ -58,20 +53,22 @@ class StandIn:
             case Open():
                 output = np.frombuffer(message.output, np.int32).tolist()
                 self._streams[message.key] = message, output
+                self.rows.open(message.key, message.row)
                 self._due.append(message.key)
-            case Advance():
-                keys = np.frombuffer(message.keys, np.uint64).tolist()
-                for key, token in zip(keys, np.frombuffer(message.tokens, np.int32), strict=True):
-                    if key in self._streams:
-                        self._streams[key][1].append(int(token))
-                        self._due.append(key)
             case Close():
                 for key in message.keys:
-                    self._streams.pop(key, None)
+                    opened, _ = self._streams.pop(key, (None, None))
+                    if opened is not None:
+                        self.rows.close(key, opened.row)
+            case _:
+                self.looked += 1
 
     def receive(self) -> list[FromMatcher]:
         if self.dead:
             raise MatcherGone("was killed by a test")
+        for key, token in zip(*self.rows.told(), strict=True):
+            self._streams[key][1].append(token)
+            self._due.append(key)
         waiting = [key for key in self._due if self._random.random() < self._late]
         answers: list[FromMatcher] = []
         for key in self._due:
@@ -79,6 +76,8 @@ class StandIn:
                 continue
             opened, output = self._streams[key]
             if opened.grammar.source == "impossible":
+                self._streams.pop(key)
+                self.rows.close(key, opened.row)
                 answers.append(Failed(key, "no token continues it"))
                 continue
             run: list[int] = []
@@ -89,16 +88,15 @@ class StandIn:
                 run += tokens
                 output += tokens
             self._write(opened, output)
-            one = np.array([key], np.uint64).tobytes()
-            columns = [np.array(c, np.int32).tobytes() for c in ([len(output)], [len(run)], run)]
-            answers.append(Masks(one, *columns))
+            self.rows.write([opened.row], [len(output)], [run])
         self._due = waiting
         return answers
 
     def _write(self, opened: Open, output: list[int]) -> None:
-        bits = np.zeros(32 * self.masks.shape[1], np.uint8)
+        masks = self.rows.masks
+        bits = np.zeros(32 * masks.shape[1], np.uint8)
         bits[allowed(opened.grammar.source, output, self._vocab_size)] = 1
-        self.masks[opened.row] = np.packbits(bits, bitorder="little").view(np.uint32)
+        masks[opened.row] = np.packbits(bits, bitorder="little").view(np.uint32)
 
     sends = False
 
@@ -149,8 +147,8 @@ class Room:
             start_process=self._start,  # pyright: ignore[reportArgumentType]
         )
 
-    def _start(self, start: Start) -> StandIn:
-        self.processes.append(StandIn(start, self._late, self._random))
+    def _start(self, start: Start, shared: SharedMasks) -> StandIn:
+        self.processes.append(StandIn(start, shared, self._late, self._random))
         return self.processes[-1]
 
     def kill(self) -> None:

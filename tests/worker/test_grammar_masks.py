@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from pagewire.config import ModelConfig, SchedulerConfig, WorkerConfig
-from pagewire.grammar.messages import FromMatcher, Start, ToMatcher
+from pagewire.grammar.messages import Close, FromMatcher, Start, ToMatcher
+from pagewire.grammar.shared import SharedMasks
 from pagewire.worker.fake import FakeRunner, chain
 from pagewire.worker.step import grammar_masks, matcher_pool
 from pagewire.worker.step.forced_runs import MAX_RUN
@@ -188,23 +189,24 @@ def test_streams_are_spread_over_matchers(monkeypatch: pytest.MonkeyPatch) -> No
     assert not any(matcher.streams for matcher in bench.room.masks._pool.matchers)
 
 
-class Piped(StandIn):
-    """Answers at once; what it has said stays in its socket while it `is_held`."""
+class Busy(StandIn):
+    """Says and hears nothing while it `is_held`, as one that computes; but what it works for is
+    written."""
 
-    def __init__(self, start: Start) -> None:
-        super().__init__(start)
+    def __init__(self, start: Start, shared: SharedMasks) -> None:
+        super().__init__(start, shared)
         self.is_held = True
-        self._said: list[FromMatcher] = []
 
     def send(self, message: ToMatcher) -> None:
-        super().send(message)
-        self._said += super().receive()
+        if not (self.is_held and isinstance(message, Close)):
+            super().send(message)
 
     def receive(self) -> list[FromMatcher]:
-        if self.is_held:
-            return []
-        said, self._said = self._said, []
-        return said
+        return [] if self.is_held else super().receive()
+
+    def finish(self) -> None:
+        """What it works for is done: it has not been told of anything since."""
+        super().receive()
 
 
 def test_the_answer_of_a_matcher_that_a_stream_has_left_is_of_no_use(
@@ -214,8 +216,8 @@ def test_the_answer_of_a_matcher_that_a_stream_has_left_is_of_no_use(
     monkeypatch.setattr(matcher_pool, "CROWDED", 2)
     monkeypatch.setattr(matcher_pool, "max_matchers", lambda: 2)
     room = Room(SLOTS, VOCAB)
-    processes: list[Piped] = []
-    room.masks._pool.start_process = lambda start: processes.append(Piped(start)) or processes[-1]
+    processes: list[Busy] = []
+    room.masks._pool.start_process = lambda *given: processes.append(Busy(*given)) or processes[-1]
     for slot in range(4):
         room.masks.admit(slot, grammar("abcd"[slot]), np.zeros(0, np.int32))
     rows = np.arange(4), np.zeros(4, np.int64)
@@ -224,13 +226,47 @@ def test_the_answer_of_a_matcher_that_a_stream_has_left_is_of_no_use(
         [1, 2],
         [0, 3],
     ]
-    processes[0].is_held = False
+    processes[0].finish()  # it has not heard that the streams of 0 and 3 have left
     assert room.masks.ready(*rows).tolist() == [False, True, True, False]
     processes[1].is_held = False
     assert room.masks.ready(*rows).all()
+    processes[0].finish()
     for slot, mask in enumerate(room.masks.rows(rows[0])):
         bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
         assert np.flatnonzero(bits).tolist() == allowed("abcd"[slot], [], VOCAB)
+
+
+def test_a_process_that_sleeps_is_woken_and_no_other_one() -> None:
+    room = Room(SLOTS, VOCAB)
+    room.masks.admit(0, grammar("a"), np.zeros(0, np.int32))
+    slots = np.array([0])
+    for position in range(4):
+        assert room.masks.ready(slots, np.array([position])).all()
+        process = room.processes[0]
+        process.rows.sleep(position % 2 == 1)
+        before = process.looked
+        token = allowed("a", [int(t) for t in room.masks._streams[0].output], VOCAB)[0]
+        room.masks.append(room.masks.keys(slots), np.array([token], np.int32))
+        assert process.looked - before == position % 2
+
+
+def test_a_token_of_a_stream_whose_process_has_ended_is_told_to_the_next() -> None:
+    """A step was under way: its token comes behind what the next process is told first."""
+    room = Room(SLOTS, VOCAB)
+    room.masks.admit(0, grammar("a"), np.zeros(0, np.int32))
+    slots = np.array([0])
+    assert room.masks.ready(slots, np.array([0])).all()
+    first = allowed("a", [], VOCAB)[0]
+    room.kill()
+    room.masks.ready(slots, np.array([1]))  # sees its end
+    room.clock.now += 6
+    room.masks.ready(slots, np.array([1]))  # starts another one, which has the mask of place 0
+    assert len(room.processes) == 2
+    room.masks.append(room.masks.keys(slots), np.array([first], np.int32))
+    assert room.masks.ready(slots, np.array([1])).all()
+    mask = room.masks.rows(slots)[0]
+    bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
+    assert np.flatnonzero(bits).tolist() == allowed("a", [first], VOCAB)
 
 
 def test_what_is_given_up_is_not_handed_to_another_matcher(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,8 +404,8 @@ def test_what_ends_processes_is_found_and_given_up_and_the_others_go_on() -> Non
     good, killer = Request("good", [1]), Request("killer", [2])
     original = room._start
 
-    def start(message):
-        process = original(message)
+    def start(message, shared):
+        process = original(message, shared)
         plain = process.receive
 
         def receive():
@@ -427,8 +463,8 @@ def test_processes_that_cannot_start_fail_their_requests() -> None:
     room = bench.room
     original = room._start
 
-    def start(message):
-        process = original(message)
+    def start(message, shared):
+        process = original(message, shared)
         process.is_ready = False
         process.dead = True
         return process

@@ -3,7 +3,6 @@ requests nor llguidance.
 """
 
 import contextlib
-import mmap
 import os
 import select
 import socket
@@ -12,9 +11,6 @@ import sys
 import time
 from collections.abc import Sequence
 from typing import Final
-
-import numpy as np
-from numpy.typing import NDArray
 
 from pagewire.process.parent import PARENT_VARIABLE, how_it_ended
 
@@ -25,8 +21,8 @@ from .messages import (
     ToMatcher,
     decode_from_matcher,
     framed,
-    mask_words,
 )
+from .shared import SharedMasks
 from .stream import FrameReader
 
 _MODULE: Final = "pagewire.grammar.process"
@@ -40,29 +36,21 @@ class MatcherGone(Exception):
 class MatcherProcess:
     """One process. Nothing here waits, but for `wait`."""
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: Start, shared: SharedMasks | None = None) -> None:
+        """shared: where it writes masks; None: it only checks grammars."""
         self.is_ready = False
         """Its vocabulary is loaded."""
         self.ready_at = 0.0
         """When it was, in monotonic seconds."""
-        words = mask_words(start.vocab_size)
-        size = max(1, 4 * words * start.rows)
-        memory = os.memfd_create("pagewire-masks", os.MFD_CLOEXEC)
-        os.truncate(memory, size)
-        self._memory = mmap.mmap(memory, size)
-        self.masks: NDArray[np.uint32] = np.frombuffer(
-            self._memory, np.uint32, words * start.rows
-        ).reshape(start.rows, words)
-        """What the process writes: one mask a row."""
         self._socket, theirs = socket.socketpair()
+        memory = () if shared is None else (shared.fileno,)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", _MODULE, str(theirs.fileno()), str(memory)],
-                pass_fds=(theirs.fileno(), memory),
+                [sys.executable, "-m", _MODULE, str(theirs.fileno()), *map(str, memory)],
+                pass_fds=(theirs.fileno(), *memory),
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
             )
-        os.close(memory)
         self._socket.setblocking(False)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
         self._reader = FrameReader(self._socket)

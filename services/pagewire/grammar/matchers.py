@@ -71,9 +71,14 @@ class Matchers:
         for token in output:
             self._consume(stream, token)
 
-    def close(self, key: int) -> None:
-        """The request is over; a key that is not open is ignored."""
-        self._streams.pop(key, None)
+    def close(self, key: int) -> int | None:
+        """The request is over. Returns its row; None for a key that is not open."""
+        stream = self._streams.pop(key, None)
+        return None if stream is None else stream.row
+
+    def row(self, key: int) -> int:
+        """Of a request that is open."""
+        return self._streams[key].row
 
     def advance(self, keys: list[int], tokens: list[int]) -> list[int]:
         """The next token of each; returns the keys that are open."""

@@ -1,8 +1,7 @@
 """What a service and its matcher process say to each other, over the socket that the process
 inherits: frames of MessagePack, each after its length. Knows neither llguidance nor tokens.
 
-Masks themselves do not travel: the process writes them into memory that both have, one row for each
-slot, and says which it has written.
+Tokens and masks do not travel so: see shared.py.
 """
 
 import struct
@@ -21,14 +20,17 @@ class Part(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Start(Part, frozen=True):
-    """The first one: what the process matches for. `rows`: rows of the memory for masks, each of
-    `mask_words` uint32; 0: it only checks. `max_forced`: most tokens of a forced run."""
+    """The first one: what the process matches for. `rows`: slots of the worker, 0: it only checks.
+    `max_forced`: most tokens of a forced run. `processes`: of the worker, of which this is number
+    `index`."""
 
     model: ModelConfig
     vocab_size: int
     eos: tuple[int, ...]
     rows: int
     max_forced: int = 0
+    processes: int = 1
+    index: int = 0
 
 
 class Check(Part, frozen=True):
@@ -39,8 +41,8 @@ class Check(Part, frozen=True):
 
 
 class Open(Part, frozen=True):
-    """A request with the output so far (int32 column), whose masks go to `row`. Answered by Masks
-    or Failed."""
+    """A stream with the output so far (int32 column), whose masks go to `row` of shared.SharedMasks;
+    its tokens are told there. Answered there, or by Failed."""
 
     key: int
     row: int
@@ -48,16 +50,12 @@ class Open(Part, frozen=True):
     output: bytes
 
 
-class Advance(Part, frozen=True):
-    """The next token of each of these requests: keys (uint64 column), tokens (int32 column).
-    Answered as Open is."""
-
-    keys: bytes
-    tokens: bytes
+class Look(Part, frozen=True):
+    """Something was told while the process slept."""
 
 
 class Close(Part, frozen=True):
-    """These requests are over: nothing is written to their rows any more."""
+    """These streams are over: their rows are written for nobody."""
 
     keys: tuple[int, ...]
 
@@ -75,27 +73,15 @@ class Checked(Part, frozen=True):
     ignored: tuple[str, ...] = ()
 
 
-class Masks(Part, frozen=True):
-    """The masks of these requests (uint64 column) for output position i (int32 column) are in their
-    rows. The last `forced_counts[i]` tokens (int32 column; empty: none) before that position were
-    forced: they are those of `forced_tokens` (int32 column), in order, and the service has not said
-    them."""
-
-    keys: bytes
-    positions: bytes
-    forced_counts: bytes = b""
-    forced_tokens: bytes = b""
-
-
 class Failed(Part, frozen=True):
-    """This request has no further masks, and why."""
+    """This stream has no further masks, and why."""
 
     key: int
     message: str
 
 
-ToMatcher = Start | Check | Open | Advance | Close
-FromMatcher = Ready | Checked | Masks | Failed
+ToMatcher = Start | Check | Open | Look | Close
+FromMatcher = Ready | Checked | Failed
 encode: Final = msgspec.msgpack.Encoder().encode
 decode_to_matcher: Final = msgspec.msgpack.Decoder(ToMatcher).decode
 decode_from_matcher: Final = msgspec.msgpack.Decoder(FromMatcher).decode

@@ -6,31 +6,30 @@ makes a new process and opens its requests again.
 """
 
 import contextlib
-import mmap
 import os
 import queue
-import selectors
+import select
 import socket
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import numpy as np
 
 from pagewire.process.parent import die_with_parent
+from pagewire.process.timers import sleep_precisely
 
 from .compiler import Compiler
 from .errors import GrammarError
 from .matchers import Matchers
 from .messages import (
-    Advance,
     Check,
     Checked,
     Close,
     Failed,
     FromMatcher,
-    Masks,
     Open,
     Ready,
     Start,
@@ -39,6 +38,7 @@ from .messages import (
     framed,
     mask_words,
 )
+from .shared import Rows, SharedMasks
 from .stream import FrameReader
 from .vocabulary import load_vocabulary
 
@@ -47,56 +47,87 @@ NICE: Final = 1
 COMPILING: Final = 2
 """Threads that compile, so that a costly grammar holds up no other's masks."""
 
+LOOK_S: Final = 0.00005
+"""Between two looks at what is told."""
+AWAKE_S: Final = 0.003
+"""So long a process looks, where the last token came within that time; then it sleeps."""
+ASLEEP_S: Final = 0.01
+"""At most, while some stream is open."""
 COMPILER_STACK: Final = 256 << 20
 """Bytes, of which only those used take memory: llguidance follows rules that refer to each other by
 recursion, and a grammar may have some 16,000 of them in a row."""
 
 
 def main() -> None:
-    """`argv`: the descriptors of the socket and of the memory for masks."""
+    """`argv`: the descriptors of the socket, and of the memory for masks if it is to compute
+    any."""
     die_with_parent()
     os.nice(NICE)
+    sleep_precisely()
     threading.stack_size(COMPILER_STACK)
     with socket.socket(fileno=int(sys.argv[1])) as service:
-        Process(service, int(sys.argv[2])).serve()
+        Process(service, *map(int, sys.argv[2:])).serve()
 
 
 class Process:
     """One process, for one service."""
 
-    def __init__(self, service: socket.socket, memory: int) -> None:
+    def __init__(self, service: socket.socket, memory: int | None = None) -> None:
         self._service = service
         self._memory = memory
         self._reader = FrameReader(service)
         self._compiler: Compiler | None = None
         self._matchers: Matchers | None = None
+        self._rows: Rows | None = None
         self._unusable = ""
         """Why this model's texts cannot be held to a grammar."""
         self._compiling: dict[int, Check | Open] = {}
         """What waits for its grammar to be compiled, by key."""
-        self._later: dict[int, list[int]] = {}
-        """Tokens that came for an Open while it waited, by key: a worker opens a stream with what
-        it knows, while a step of it may be under way."""
         self._compiled: queue.SimpleQueue[Check | Open] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(COMPILING, thread_name_prefix="compile")
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
+        self._seen_news = 0
+        self._idle_since = 0.0
+        self._is_hurried = False
+        """The last token came soon enough to be waited for awake."""
 
     def serve(self) -> None:
         """Until the socket ends."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._service, selectors.EVENT_READ)
-            selector.register(self._woken, selectors.EVENT_READ)
-            while True:
-                ready = [key.fileobj for key, _ in selector.select()]
-                if self._woken in ready:
-                    self._woken.recv(4096)
-                    self._take_compiled()
-                if self._service in ready:
-                    frames = self._reader.read()
-                    if frames is None:
-                        os._exit(0)
-                    self._handle(list(map(decode_to_matcher, frames)))
+        while True:
+            ready = select.select([self._service, self._woken], [], [], self._rest())[0]
+            if self._rows is not None:
+                self._rows.sleep(False)
+            if self._woken in ready:
+                self._woken.recv(4096)
+                self._take_compiled()
+            if self._service in ready:
+                frames = self._reader.read()
+                if frames is None:
+                    os._exit(0)
+                self._handle(list(map(decode_to_matcher, frames)))
+            self._take_told()
+
+    def _rest(self) -> float | None:
+        """How long to wait for messages, in seconds; None: until there is one."""
+        if self._rows is None or not self._rows.any:
+            return None
+        if self._is_hurried and time.monotonic() - self._idle_since < AWAKE_S:
+            return LOOK_S
+        self._rows.sleep(True)
+        # What was told before that was seen wakes nobody.
+        return 0.0 if self._rows.news != self._seen_news else ASLEEP_S
+
+    def _take_told(self) -> None:
+        """Tokens that have been told."""
+        if self._rows is None or self._matchers is None:
+            return
+        self._seen_news = self._rows.news
+        keys, tokens = self._rows.told()
+        if not keys:
+            return
+        self._is_hurried = time.monotonic() - self._idle_since < AWAKE_S
+        self._fill(self._matchers, self._matchers.advance(keys, tokens))
 
     def _send(self, message: FromMatcher) -> None:
         self._service.sendall(framed(message))
@@ -108,27 +139,18 @@ class Process:
                     self._start(message)
                 case Check() | Open():
                     self._compile(message)
-                case Advance() if self._matchers is not None:
-                    self._advance(self._matchers, message)
                 case Close():
                     for key in message.keys:
                         self._compiling.pop(key, None)
-                        self._later.pop(key, None)
                         if self._matchers is not None:
-                            self._matchers.close(key)
+                            self._close(self._matchers, key)
                 case _:
                     pass
 
-    def _advance(self, matchers: Matchers, message: Advance) -> None:
-        keys = np.frombuffer(message.keys, np.uint64).tolist()
-        tokens = np.frombuffer(message.tokens, np.int32).tolist()
-        if self._compiling:
-            for key, token in zip(keys, tokens, strict=True):
-                if key in self._compiling:
-                    self._later.setdefault(key, []).append(token)
-            present = [i for i, key in enumerate(keys) if key not in self._compiling]
-            keys, tokens = [keys[i] for i in present], [tokens[i] for i in present]
-        self._fill(matchers, matchers.advance(keys, tokens))
+    def _close(self, matchers: Matchers, key: int) -> None:
+        row = matchers.close(key)
+        if row is not None and self._rows is not None:
+            self._rows.close(key, row)
 
     def _start(self, start: Start) -> None:
         try:
@@ -138,11 +160,13 @@ class Process:
             self._send(Ready())
             return
         self._compiler = Compiler(vocabulary)
-        if start.rows:
+        if self._memory is not None:
             words = mask_words(start.vocab_size)
-            memory = mmap.mmap(self._memory, 4 * words * start.rows)
-            masks = np.frombuffer(memory, np.uint32).reshape(start.rows, words)
-            self._matchers = Matchers(vocabulary, self._compiler, masks, start.max_forced)
+            shape = start.rows, words, start.processes, start.max_forced
+            self._rows = Rows(SharedMasks(*shape, self._memory), start.index)
+            self._matchers = Matchers(
+                vocabulary, self._compiler, self._rows.masks, start.max_forced
+            )
         self._send(Ready())
 
     def _compile(self, message: Check | Open) -> None:
@@ -150,7 +174,6 @@ class Process:
             self._refuse(message, self._unusable)
             return
         self._compiling[message.key] = message
-        self._later.pop(message.key, None)
         self._pool.submit(self._compile_in_thread, message)
 
     def _compile_in_thread(self, message: Check | Open) -> None:
@@ -172,10 +195,10 @@ class Process:
                 if isinstance(message, Check):
                     ignored = self._compiler.compiled(message.grammar).ignored
                     self._send(Checked(message.key, "", ignored))
-                elif self._matchers is not None:
+                elif self._matchers is not None and self._rows is not None:
                     output = np.frombuffer(message.output, np.int32).tolist()
-                    output += self._later.pop(message.key, [])
                     self._matchers.open(message.key, message.row, message.grammar, output)
+                    self._rows.open(message.key, message.row)
                     opened.append(message.key)
             except GrammarError as error:
                 self._refuse(message, str(error))
@@ -187,17 +210,16 @@ class Process:
         self._send(answer(message.key, why))
 
     def _fill(self, matchers: Matchers, keys: list[int]) -> None:
+        assert self._rows is not None
+        rows = [matchers.row(key) for key in keys]
         filled, positions, failed = matchers.fill(keys)
+        row_of = dict(zip(keys, rows, strict=True))
         for key, why in failed.items():
+            self._rows.close(key, row_of[key])
             self._send(Failed(key, why))
         if filled:
-            columns = np.array(filled, np.uint64).tobytes(), np.array(positions, np.int32).tobytes()
-            forced = matchers.forced(filled)
-            counts = tokens = b""
-            if any(forced):
-                counts = np.array([len(run) for run in forced], np.int32).tobytes()
-                tokens = np.array([token for run in forced for token in run], np.int32).tobytes()
-            self._send(Masks(*columns, counts, tokens))
+            self._rows.write([row_of[key] for key in filled], positions, matchers.forced(filled))
+        self._idle_since = time.monotonic()
 
 
 if __name__ == "__main__":

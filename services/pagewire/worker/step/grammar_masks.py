@@ -2,10 +2,11 @@
 processes (grammar/). Knows no tensors and no model.
 
 Each admission is a stream with a key of its own. A matcher is told the stream's tokens as they are
-sampled, and answers with the mask for the next one; a mask is used for that stream and that
-position and for nothing else. Where a grammar leaves a single token, the answer brings it, and
-further ones after it: a forced run, behind which the mask is. A row whose mask is not there when it
-would be sampled brings no token, and nobody else waits for it.
+sampled, each once the mask that it was sampled under is there, and answers with the mask for the
+next one; a mask is used for that stream and that position and for nothing else. Where a grammar
+leaves a single token, the answer brings it, and further ones after it: a forced run, behind which
+the mask is. A row whose mask is not there when it would be sampled brings no token, and nobody else
+waits for it.
 """
 
 import time
@@ -20,20 +21,20 @@ from pagewire_protocol.messages import Step
 
 from ...config import ModelConfig
 from ...grammar.child import MatcherProcess
-from ...grammar.messages import Start, mask_words
+from ...grammar.messages import Start
 from .mask_mirror import MaskMirror
 from .matched_stream import Ints, Keys, Stream, key_for, slots_of
-from .matcher import Matcher
+from .matcher import StartProcess
 from .matcher_pool import MatcherPool
 
 WAIT_S: Final = 0.005
 """How long the rows of a step that need no mask may be held up by those that do."""
 WAIT_ALONE_S: Final = 0.05
 """The same of a step in which every row needs one."""
-LOOK_S: Final = 0.0002
-"""Between two looks at whether a step is computed."""
+LOOK_S: Final = 0.00005
+"""At least between two looks at masks, and at whether a step is computed."""
 LOOKS: Final = 8
-"""Where nobody but rows with grammars waits, looks in as long as they have waited."""
+"""In as long as has been waited."""
 WAIT_RUNS_S: Final = 0.001
 """How long a step in which every row has a grammar waits for its forced runs before it is
 computed."""
@@ -55,13 +56,11 @@ class GrammarMasks:
         eos: tuple[int, ...],
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
-        start_process: Callable[[Start], MatcherProcess] = MatcherProcess,
+        start_process: StartProcess = MatcherProcess,
     ) -> None:
         self._start = Start(model, vocab_size, eos, count)
         self._clock = clock
-        self._pool = MatcherPool(
-            self._start, clock, sleep, start_process, self._on_masks, self._fail, self._lose
-        )
+        self._pool = MatcherPool(self._start, clock, sleep, start_process, self._fail, self._lose)
         self._streams: dict[int, Stream] = {}
         """By slot."""
         self._key_of = np.full(count, NO_KEY, np.uint64)
@@ -70,6 +69,8 @@ class GrammarMasks:
         """By slot: output tokens of its stream."""
         self._mask_at = np.full(count, -1, np.int64)
         """By slot: the output position that the slot's mask is for; -1: it has none."""
+        self._awaiting = np.zeros(count, np.bool_)
+        """By slot: a mask has yet to come."""
         self._forced = np.full(count, NO_TOKEN, np.int64)
         """By slot: the first token of the forced run at that position; NO_TOKEN: there is none, and
         the mask is what the matcher has written."""
@@ -99,6 +100,7 @@ class GrammarMasks:
             return
         self.mirror.give_back(slot)
         self._key_of[slot] = NO_KEY
+        self._awaiting[slot] = False
         self._mask_at[slot] = -1
         self._forced[slot] = NO_TOKEN
         self._failed[slot] = False
@@ -145,14 +147,20 @@ class GrammarMasks:
         for row in np.flatnonzero(forced).tolist():
             self._say_forced(self._streams[int(slots[row])], int(tokens[row]))
         rows = np.flatnonzero(wanted & ~forced)
-        keys, slots, tokens = keys[rows], slots[rows], tokens[rows]
+        slots, tokens = slots[rows], tokens[rows]
+        positions = self._num_output[slots]
+        held = ~self._failed[slots]
+        # Of one that was lost meanwhile, the matcher has yet to hear all of its output.
+        told = held & (self._mask_at[slots] == positions)
         self._mask_at[slots] = -1
         self._num_output[slots] += 1
-        told = ~self._failed[slots]
-        self._pool.advance(slots[told], keys[told], tokens[told])
+        self._awaiting[slots] = held
+        self._pool.tell(slots[told], positions[told], tokens[told])
         # While the matchers compute.
         for slot, token in zip(slots.tolist(), tokens.tolist(), strict=True):
             self._streams[slot].output.append(token)
+        for slot in slots[held & ~told].tolist():
+            self._pool.open_again(self._streams[slot])
 
     def _say_forced(self, stream: Stream, token: int) -> None:
         """`token` was sampled where there is a forced run, so that it is its first one; any other
@@ -183,11 +191,11 @@ class GrammarMasks:
     def take_runs(self, slots: Ints, most: Ints) -> list[list[int]]:
         """Of each of `slots` [R], the forced run that follows its output, as far as it is known,
         and at most most[i] tokens of it. From now on these are output."""
-        self._pool.receive()
+        self._receive()
         if self.concerns(slots).all():
             end = self._clock() + WAIT_RUNS_S
-            while self._awaits_any(slots) and (left := end - self._clock()) > 0:
-                self._pool.wait(left)
+            while self._awaiting[slots].any() and (left := end - self._clock()) > 0:
+                self._wait(min(left, LOOK_S))
         runs: list[list[int]] = []
         for slot, limit in zip(slots.tolist(), most.tolist(), strict=True):
             if self._forced[slot] == NO_TOKEN or limit <= 0:
@@ -200,33 +208,39 @@ class GrammarMasks:
             self._at_forced(stream)
         return runs
 
-    def _awaits_any(self, slots: Ints) -> bool:
-        return bool(((self._mask_at[slots] < 0) & ~self._failed[slots]).any())
-
     # --- masks ---
 
-    def _on_masks(
-        self, matcher: Matcher, keys: Keys, positions: Ints, runs: list[list[int]] | None
-    ) -> Keys:
-        """`matcher` has written masks of the streams `keys` [R]. Those that have another matcher by
-        now, or other tokens, have no use for them."""
-        slots = slots_of(keys)
+    def _receive(self) -> None:
+        self._pool.receive()
+        self._take()
+
+    def _wait(self, seconds: float) -> None:
+        self._pool.wait(seconds)
+        self._take()
+
+    def _take(self) -> None:
+        """The masks that have come."""
+        slots = np.flatnonzero(self._awaiting)
+        if not len(slots):
+            return
+        positions = self._pool.positions(slots)
         known = self._num_output[slots]
-        if runs is not None:
-            known = known + [len(run) for run in runs]
-        own = self._pool.have(matcher, slots)
-        current = own & (self._key_of[slots] == keys) & (known == positions)
-        slots = slots[current]
-        if self.mirror.words is not None and matcher.process is not None:
-            self.mirror.write(slots, matcher.process.masks[slots])
-        if runs is None:
-            self._mask_at[slots] = positions[current]
-            return keys[current]
-        for slot, row in zip(slots.tolist(), np.flatnonzero(current).tolist(), strict=True):
-            stream = self._streams[slot]
-            stream.forced = runs[row]
-            self._at_forced(stream)
-        return keys[current]
+        if self._start.max_forced:
+            known = known + self._pool.num_forced(slots)
+        current = positions == known
+        slots, positions = slots[current], positions[current]
+        if not len(slots):
+            return
+        if self.mirror.words is not None:
+            self.mirror.write(slots, self._pool.masks(slots))
+        self._mask_at[slots] = positions
+        self._awaiting[slots] = False
+        if self._start.max_forced:
+            for slot in slots[self._pool.num_forced(slots) > 0].tolist():
+                stream = self._streams[slot]
+                stream.forced = self._pool.forced(slot)
+                self._at_forced(stream)
+        self._pool.answered(slots, self._streams.__getitem__)
 
     def ready(
         self, slots: Ints, positions: Ints, computed: Callable[[], bool] | None = None
@@ -242,23 +256,19 @@ class GrammarMasks:
         began = self._clock()
         end = began + (WAIT_ALONE_S if alone else WAIT_S)
         computed_at = 0.0
-        self._pool.receive()
+        self._receive()
         while True:
             there = ~concerned | (self._mask_at[slots] == positions) | self._failed[slots]
             now = self._clock()
             left = end - now
             if there.all() or left <= 0:
                 return there
-            if computed is None:
-                self._pool.wait(left)
-                continue
-            if computed_at or computed():
+            if computed is not None and (computed_at or computed()):
                 if not alone:
                     return there
                 computed_at = computed_at or now
                 end = min(end, computed_at + self._worth_s(there, computed_at - began))
-            look = max(LOOK_S, (now - began) / LOOKS) if alone else LOOK_S
-            self._pool.wait(max(0.0, min(left, look)))
+            self._wait(max(0.0, min(left, max(LOOK_S, (now - began) / LOOKS))))
 
     def _worth_s(self, there: Bools, computing_s: float) -> float:
         """How long a step that took `computing_s` waits for the masks of rows that are not `there`
@@ -276,8 +286,7 @@ class GrammarMasks:
     def rows(self, slots: Ints) -> NDArray[np.uint32]:
         """[R, words]: the masks of `slots` [R], all of which are ready: bit i % 32 of word i // 32
         is set where token i may come."""
-        masks = np.zeros((len(slots), mask_words(self._start.vocab_size)), np.uint32)
-        self._pool.rows(slots, masks)
+        masks = self._pool.masks(slots)
         for row in np.flatnonzero(self._forced[slots] != NO_TOKEN).tolist():
             word, bit = divmod(int(self._forced[slots[row]]), 32)
             masks[row] = 0
@@ -287,14 +296,17 @@ class GrammarMasks:
     # --- what becomes of streams ---
 
     def _match(self, stream: Stream) -> None:
+        self._awaiting[stream.slot] = True
         self._pool.match(stream, len(self._streams))
 
     def _fail(self, stream: Stream) -> None:
         self._failed[stream.slot] = True
+        self._awaiting[stream.slot] = False
 
     def _lose(self, streams: list[Stream]) -> None:
         """Their masks and forced runs are gone."""
         for stream in streams:
             stream.forced = []
             self._mask_at[stream.slot] = -1
+            self._awaiting[stream.slot] = not self._failed[stream.slot]
             self._forced[stream.slot] = NO_TOKEN

@@ -14,7 +14,7 @@ Keys = NDArray[np.uint64]
 
 
 def key_for(slot: int, count: int) -> int:
-    """Of the `count`th stream, which is in `slot`; above 0 where `count` is."""
+    """The `count`th one, of a stream in `slot`; above 0 where `count` is."""
     return count << SLOT_BITS | slot
 
 
@@ -26,10 +26,13 @@ def slots_of(keys: Keys) -> Ints:
 class Stream:
     """One admission: its grammar and all its output tokens."""
 
-    __slots__ = ("deaths", "died_at", "forced", "grammar", "key", "output", "slot")
+    __slots__ = ("deaths", "died_at", "forced", "grammar", "key", "opening", "output", "slot")
 
     def __init__(self, key: int, slot: int, grammar: Grammar, output: list[int]) -> None:
         self.key = key
+        self.opening = 0
+        """The key by which its matcher process knows it, another one each time it is told of it; 0:
+        none does."""
         self.slot = slot
         self.grammar = grammar
         self.output = output

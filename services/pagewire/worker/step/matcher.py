@@ -1,25 +1,24 @@
 """One matcher process of a worker and the streams that it matches: starts it, tells it of streams,
-ends it when it hangs, and starts the next one with every stream as it is. Knows no slots but as the
-rows of its masks.
+ends it when it hangs, and starts the next one with every stream as it is. Tokens and masks are the
+pool's business.
 """
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...grammar.child import MatcherGone, MatcherProcess
-from ...grammar.messages import Advance, Close, Failed, FromMatcher, Masks, Open, Start
-from .matched_stream import Ints, Keys, Stream, slots_of
+from ...grammar.messages import Close, Failed, FromMatcher, Open, Start
+from ...grammar.shared import SharedMasks
+from .matched_stream import Stream, key_for
 
 log = logging.getLogger("pagewire.worker")
 HANG_S: Final = 10.0
 """A process that is ready and owes an answer for so long is ended."""
-LOOK_EVERY_S: Final = 0.5
-"""How often it is looked whether one hangs."""
 LOAD_S: Final = 300.0
 """The same of one that loads its vocabulary, which may have to be downloaded."""
 RESTART_S: Final = (0.1, 5.0)
@@ -33,24 +32,27 @@ NOTHING_OWED: Final = np.inf
 
 
 class Matcher:
-    """`on_masks(self, keys, positions, runs)`: masks have come for these streams [R], output positions
-    [R] and forced runs before them (None: there are none); returns the keys of those that they are
-    still for. `on_failed(stream)`: there will be none any more. `on_lost(streams)`: their masks and
-    forced runs are gone."""
+    """`on_failed(stream)`: there will be no masks for it any more. `on_lost(streams)`: their masks
+    and forced runs are gone. `owed`: by slot, since when an answer is due for its stream,
+    NOTHING_OWED where none is. `openings`: keys that no other opening has; see Stream.opening."""
 
     def __init__(
         self,
         start: Start,
+        shared: SharedMasks,
+        owed: NDArray[np.float64],
+        openings: Iterator[int],
         clock: Callable[[], float],
-        start_process: Callable[[Start], MatcherProcess],
-        on_masks: "OnMasks",
+        start_process: "StartProcess",
         on_failed: Callable[[Stream], None],
         on_lost: Callable[[list[Stream]], None],
     ) -> None:
         self._start_process = start_process
         self._start = start
+        self._shared = shared
+        self._owed = owed
+        self._openings = openings
         self._clock = clock
-        self._on_masks = on_masks
         self._on_failed = on_failed
         self._on_lost = on_lost
         self._failed: set[int] = set()
@@ -63,9 +65,6 @@ class Matcher:
         """Streams at whose work a process has ended, by key: opened one after the other."""
         self._blamed: set[int] = set()
         """Keys of streams at whose work alone processes have ended, and that got no further yet."""
-        self._owed = np.full(start.rows, NOTHING_OWED)
-        """By slot: since when an answer is due for its stream, NOTHING_OWED where none is."""
-        self._next_look = 0.0
         self.next_start = 0.0
         self._pause_s = RESTART_S[0]
         self._failed_starts = 0
@@ -92,9 +91,11 @@ class Matcher:
         del self.streams[stream.key]
         self._failed.discard(stream.key)
         self._blamed.discard(stream.key)
-        self._answered(np.array([stream.key], np.uint64))
-        if self.process is not None:
-            self.process.send(Close((stream.key,)))
+        self._owed[stream.slot] = NOTHING_OWED
+        self._close_opening(stream)
+        if self._suspects and self._suspects[0] == stream.key:
+            self._suspects.popleft()
+            self._open_suspect()
 
     def harmless(self) -> list[Stream]:
         """The streams that are neither given up nor suspected of having ended a process."""
@@ -108,15 +109,16 @@ class Matcher:
         """Tell the process of it once more, as it is."""
         if self.process is None:
             return
+        self._close_opening(stream)
+        stream.opening = key_for(stream.slot, next(self._openings))
         output = np.array(stream.output, np.int32).tobytes()
         self._owed[stream.slot] = min(self._owed[stream.slot], self._clock())
-        self.process.send(Open(stream.key, stream.slot, stream.grammar, output))
+        self.process.send(Open(stream.opening, stream.slot, stream.grammar, output))
 
-    def advance(self, keys: Keys, tokens: NDArray[np.int32]) -> None:
-        """The streams' next tokens [R], which are put into their outputs before anything else."""
-        self._owed[slots_of(keys)] = self._clock()
-        if self.process is not None:
-            self.process.send(Advance(keys.tobytes(), tokens.tobytes()))
+    def _close_opening(self, stream: Stream) -> None:
+        if stream.opening and self.process is not None:
+            self.process.send(Close((stream.opening,)))
+        stream.opening = 0
 
     # --- the process ---
 
@@ -125,6 +127,13 @@ class Matcher:
         if self.process is not None:
             self.process.close()
             self.process = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """What the process has said, and what it has been told: it is no more."""
+        self._shared.forget(self._start.index)
+        for stream in self.streams.values():
+            stream.opening = 0
 
     def receive(self) -> None:
         """Take what has arrived; start a process where there is none and one is due."""
@@ -139,14 +148,13 @@ class Matcher:
             return
         for message in messages:
             self._take(message)
-        self._look()
 
     def restart(self) -> None:
         """A new process, with every stream as it is."""
         if self._clock() < self.next_start:
             return
-        self.process = self._start_process(self._start)
-        self._owed[:] = NOTHING_OWED
+        self.process = self._start_process(self._start, self._shared)
+        self._owed[[stream.slot for stream in self.streams.values()]] = NOTHING_OWED
         self._suspects = deque(key for key in self._suspects if key in self.streams)
         for stream in list(self.streams.values()):
             if stream.key not in self._suspects and stream.key not in self._failed:
@@ -154,50 +162,38 @@ class Matcher:
         self._open_suspect()
 
     def _take(self, message: FromMatcher) -> None:
-        match message:
-            case Masks():
-                keys = np.frombuffer(message.keys, np.uint64)
-                positions = np.frombuffer(message.positions, np.int32)
-                current = self._on_masks(self, keys, positions, _forced_runs(message))
-                if self._blamed:
-                    self._forgive(keys, positions, current)
-                self._answered(current)
-            case Failed():
-                stream = self.streams.get(message.key)
-                if stream is not None:
-                    log.warning("a grammar cannot be held any further: %s", message.message)
-                    self._fail(stream)
-                    self._answered(np.array([message.key], np.uint64))
-            case _:
-                pass
-
-    def _forgive(self, keys: Keys, positions: Ints, current: Keys) -> None:
-        """Streams that got further than where a process ended did not end it."""
-        got = dict(zip(keys.tolist(), positions.tolist(), strict=True))
-        for key in self._blamed.intersection(current.tolist()):
-            stream = self.streams[key]
-            if got[key] > stream.died_at:
-                stream.deaths = 0
-                self._blamed.discard(key)
-
-    def _answered(self, keys: Keys) -> None:
-        """No answer for `keys` [R] is due any more."""
-        if not len(keys):
+        if not isinstance(message, Failed):
             return
-        self._owed[slots_of(keys)] = NOTHING_OWED
+        for stream in list(self.streams.values()):
+            if stream.opening == message.key:
+                log.warning("a grammar cannot be held any further: %s", message.message)
+                self._fail(stream)
+                self.answered([stream])
+
+    def answered(self, streams: list[Stream]) -> None:
+        """The process has masks for them, or has said why it has none: they did not end it, unless
+        it ends there again."""
         self._pause_s = RESTART_S[0]
-        if self._suspects and self._suspects[0] in keys.tolist():
-            self._suspects.popleft()
-            self._open_suspect()
+        for stream in streams:
+            if stream.key in self._blamed and len(stream.output) > stream.died_at:
+                stream.deaths = 0
+                self._blamed.discard(stream.key)
+            if self._suspects and self._suspects[0] == stream.key:
+                self._suspects.popleft()
+                self._open_suspect()
 
-    def _look(self) -> None:
+    @property
+    def is_troubled(self) -> bool:
+        """A process has ended, so that `answered` has something to do."""
+        return bool(self._suspects or self._blamed) or self._pause_s > RESTART_S[0]
+
+    def look(self) -> None:
         """End a process that hangs."""
-        now = self._clock()
-        if now < self._next_look or self.process is None:
+        if self.process is None or not self.streams:
             return
-        self._next_look = now + LOOK_EVERY_S
         limit = HANG_S if self.process.is_ready else LOAD_S
-        if now - max(float(self._owed.min()), self.process.ready_at) > limit:
+        oldest = float(self._owed[[stream.slot for stream in self.streams.values()]].min())
+        if self._clock() - max(oldest, self.process.ready_at) > limit:
             self.process.close()
             self._lost(f"has not answered for {limit:.0f} s")
 
@@ -216,6 +212,7 @@ class Matcher:
                 self._blame()
             elif self._failed_starts >= MAX_FAILED_STARTS:
                 self._give_up()
+        self._forget()
         self._on_lost(list(self.streams.values()))
         self.next_start = self._clock() + self._pause_s
         self._pause_s = min(2 * self._pause_s, RESTART_S[1])
@@ -251,6 +248,7 @@ class Matcher:
 
     def _fail(self, stream: Stream) -> None:
         self._failed.add(stream.key)
+        self._owed[stream.slot] = NOTHING_OWED
         self._on_failed(stream)
 
     def _open_suspect(self) -> None:
@@ -260,14 +258,5 @@ class Matcher:
             self.open(self.streams[self._suspects[0]])
 
 
-def _forced_runs(message: Masks) -> list[list[int]] | None:
-    """The forced run of each row; None where there are none."""
-    if not message.forced_counts:
-        return None
-    counts = np.frombuffer(message.forced_counts, np.int32)
-    tokens = np.frombuffer(message.forced_tokens, np.int32)
-    return [run.tolist() for run in np.split(tokens, np.cumsum(counts)[:-1])]
-
-
-OnMasks = Callable[[Matcher, Keys, Ints, list[list[int]] | None], Keys]
-"""See Matcher."""
+StartProcess = Callable[[Start, SharedMasks], MatcherProcess]
+"""As MatcherProcess."""

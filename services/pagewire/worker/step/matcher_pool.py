@@ -1,20 +1,25 @@
-"""All matcher processes of a worker: how many there are, which stream each has, and what they say.
+"""All matcher processes of a worker: how many there are, which stream each has, what they are told
+and what they answer (grammar/shared.py).
 
 Masks for many rows take longer than a forward pass. So where there are processors enough, a matcher
 that has many streams gets another one beside it, and streams are spread over those that are ready.
 """
 
+import itertools
 import os
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from ...grammar.child import MatcherProcess, wait_for_any
-from ...grammar.messages import Start
-from .matched_stream import Ints, Keys, Stream
-from .matcher import Matcher, OnMasks
+from ...grammar.child import wait_for_any
+from ...grammar.messages import Look, Start, mask_words
+from ...grammar.shared import NO_POSITION, SharedMasks
+from ...process.timers import sleep_precisely
+from .matched_stream import Ints, Stream
+from .matcher import NOTHING_OWED, Matcher, StartProcess
 
 CROWDED: Final = 8
 """Streams of each matcher from which on there are more of them. One takes some 0.05 ms for a
@@ -23,50 +28,62 @@ MAX_MATCHERS: Final = 16
 CORES_A_MATCHER: Final = 2
 """Processors that there must be for each."""
 
+LOOK_EVERY_S: Final = 0.5
+"""How often it is looked whether a process hangs."""
 NO_MATCHER: Final = -1
 
 
 class MatcherPool:
-    """Of streams with `start.rows` slots. on_masks, on_failed, on_lost: see Matcher."""
+    """Of streams with `start.rows` slots. on_failed, on_lost: see Matcher."""
 
     def __init__(
         self,
         start: Start,
         clock: Callable[[], float],
         sleep: Callable[[float], None],
-        start_process: Callable[[Start], MatcherProcess],
-        on_masks: OnMasks,
+        start_process: StartProcess,
         on_failed: Callable[[Stream], None],
         on_lost: Callable[[list[Stream]], None],
     ) -> None:
         self.start_process = start_process
-        self._start = start
         self._clock = clock
         self._sleep = sleep
-        self._on_masks = on_masks
         self._on_failed = on_failed
         self._on_lost = on_lost
         self._max_matchers = max_matchers()
-        self.matchers = [self._new_matcher()]
+        self._openings = itertools.count(1)
         self._num_ready = 0
         """Matchers that were ready when streams were last spread."""
+        self._next_look = 0.0
+        self._is_precise = False
         self._at = np.full(start.rows, NO_MATCHER, np.int64)
         """By slot: the index of its stream's matcher."""
-
-    def _new_matcher(self) -> Matcher:
-        return Matcher(
-            self._start,
-            self._clock,
-            lambda start: self.start_process(start),
-            self._on_masks,
-            self._on_failed,
-            self._on_lost,
-        )
+        self._opening_of = np.zeros(start.rows, np.uint64)
+        """By slot: Stream.opening."""
+        self._owed = np.full(start.rows, NOTHING_OWED)
+        """See Matcher."""
+        self.restart_with(start)
 
     def restart_with(self, start: Start) -> None:
         """Before the first stream."""
-        self._start = start
-        self.matchers = [self._new_matcher()]
+        self._start = replace(start, processes=self._max_matchers)
+        words = mask_words(start.vocab_size)
+        self._shared = SharedMasks(start.rows, words, self._max_matchers, start.max_forced)
+        self.matchers: list[Matcher] = []
+        self._add_matcher()
+
+    def _add_matcher(self) -> None:
+        matcher = Matcher(
+            replace(self._start, index=len(self.matchers)),
+            self._shared,
+            self._owed,
+            self._openings,
+            self._clock,
+            lambda start, shared: self.start_process(start, shared),
+            self._on_failed,
+            self._on_lost,
+        )
+        self.matchers.append(matcher)
 
     def close(self) -> None:
         """End the processes."""
@@ -76,13 +93,24 @@ class MatcherPool:
     def match(self, stream: Stream, streams: int) -> None:
         """By the least busy matcher that is ready; by the first one where none is. There are
         `streams` in all."""
+        if not self._is_precise:
+            self._is_precise = True
+            sleep_precisely()  # who waits for masks is this thread
         self._hand(stream, self._ready_matchers() or self.matchers[:1])
         wanted = min(self._max_matchers, -(-streams // CROWDED))
         while len(self.matchers) < wanted:
-            self.matchers.append(self._new_matcher())
+            self._add_matcher()
         for matcher in self.matchers[:wanted]:
             if matcher.process is None:  # it may have ended while it had no streams
-                matcher.restart()
+                self._restart(matcher)
+
+    def _restart(self, matcher: Matcher) -> None:
+        matcher.restart()
+        self._note_openings(matcher)
+
+    def _note_openings(self, matcher: Matcher) -> None:
+        for stream in matcher.streams.values():
+            self._opening_of[stream.slot] = stream.opening
 
     def remove(self, stream: Stream) -> None:
         """It is over."""
@@ -90,55 +118,97 @@ class MatcherPool:
         if at != NO_MATCHER:
             self.matchers[at].remove(stream)
             self._at[stream.slot] = NO_MATCHER
+            self._opening_of[stream.slot] = 0
+            self._note_openings(self.matchers[at])
 
     def open_again(self, stream: Stream) -> None:
         """Match it from its output on once more."""
         at = self._at[stream.slot]
         if at != NO_MATCHER:
             self.matchers[at].open(stream)
+            self._opening_of[stream.slot] = stream.opening
 
-    def advance(self, slots: Ints, keys: Keys, tokens: NDArray[np.int32]) -> None:
-        """The next tokens [R] of the streams `keys` [R], which are in `slots` [R]."""
+    # --- tokens and masks ---
+
+    def tell(self, slots: Ints, positions: Ints, tokens: NDArray[np.int32]) -> None:
+        """The next tokens [R] of the streams in `slots` [R], whose places in their outputs are
+        `positions` [R], and for which there were masks."""
+        if not len(slots):
+            return
+        self._owed[slots] = self._clock()
+        self._shared.tell(slots, self._opening_of[slots], positions, tokens)
+        for index in np.flatnonzero(self._shared.asleep).tolist():
+            process = self.matchers[index].process if index < len(self.matchers) else None
+            if process is not None:
+                process.send(Look())
+
+    def positions(self, slots: Ints) -> NDArray[np.int64]:
+        """[R]: the output positions that the masks of `slots` [R] are for; NO_POSITION where there
+        is none."""
         at = self._at[slots]
-        for i, matcher in enumerate(self.matchers):
-            own = np.flatnonzero(at == i)
-            if len(own):
-                matcher.advance(keys[own], tokens[own])
+        shared = self._shared
+        openings = self._opening_of[slots]
+        own = (at != NO_MATCHER) & (openings != 0) & (shared.keys[at, slots] == openings)
+        return np.where(own, shared.positions[at, slots], NO_POSITION)
 
-    def have(self, matcher: Matcher, slots: Ints) -> NDArray[np.bool_]:
-        """[R]: of which of `slots` [R] `matcher` has the streams."""
-        return self._at[slots] == self.matchers.index(matcher)
+    def masks(self, slots: Ints) -> NDArray[np.uint32]:
+        """[R, words]: of `slots` [R], for which there are some."""
+        return self._shared.masks[self._at[slots], slots]
 
-    def rows(self, slots: Ints, out: NDArray[np.uint32]) -> None:
-        """Put the masks of `slots` [R], as they were written last, into `out` [R, words]."""
-        at = self._at[slots]
+    def num_forced(self, slots: Ints) -> NDArray[np.int32]:
+        """[R]: tokens of the forced runs before the positions of these masks."""
+        return self._shared.forced_counts[self._at[slots], slots]
+
+    def forced(self, slot: int) -> list[int]:
+        """The run before the position of its mask."""
+        at = self._at[slot]
+        return self._shared.forced[at, slot, : self._shared.forced_counts[at, slot]].tolist()
+
+    def answered(self, slots: Ints, stream_in: Callable[[int], Stream]) -> None:
+        """The masks of `slots` [R] have come."""
+        self._owed[slots] = NOTHING_OWED
         for i, matcher in enumerate(self.matchers):
-            own = np.flatnonzero(at == i)
-            if len(own) and matcher.process is not None:
-                out[own] = matcher.process.masks[slots[own]]
+            if matcher.is_troubled:
+                own = slots[self._at[slots] == i].tolist()
+                if own:
+                    matcher.answered(list(map(stream_in, own)))
+                    self._note_openings(matcher)
 
     def _ready_matchers(self) -> list[Matcher]:
         return [matcher for matcher in self.matchers if matcher.is_ready]
 
     def wait(self, seconds: float) -> None:
-        """So long, or until something arrives, which is then taken."""
-        matcher_of = {m.process: m for m in self.matchers if m.process is not None}
-        if matcher_of:
-            for process in wait_for_any(list(matcher_of), seconds):
-                matcher_of[process].receive()
+        """So long, or until a process says something, which is then taken. Masks are not said."""
+        if any(matcher.process is not None for matcher in self.matchers):
+            self._receive(seconds)
             return
         due = min(matcher.next_start for matcher in self.matchers)
         self._sleep(min(seconds, max(0.0, due - self._clock())))
         self.receive()
 
     def receive(self) -> None:
-        """Take what has arrived; start processes that are due; spread streams over new ones."""
+        """Take what processes have said; start those that are due; spread streams over new ones."""
         for matcher in self.matchers:
-            matcher.receive()
+            if matcher.process is None and matcher.streams:
+                self._restart(matcher)
+        self._receive(0.0)
+        if (now := self._clock()) >= self._next_look:
+            self._next_look = now + LOOK_EVERY_S
+            for matcher in self.matchers:
+                matcher.look()
+                self._note_openings(matcher)
         ready = self._ready_matchers()
         if len(ready) > max(1, self._num_ready):
             self._spread(ready)
         self._num_ready = len(ready)
+
+    def _receive(self, seconds: float) -> None:
+        matcher_of: dict[Any, Matcher] = {
+            m.process: m for m in self.matchers if m.process is not None
+        }
+        for process in wait_for_any(list(matcher_of), seconds) if matcher_of else ():
+            matcher_of[process].receive()
+            self._note_openings(matcher_of[process])
 
     def _spread(self, ready: list[Matcher]) -> None:
         """Those that have more streams than others hand some on: a process makes a stream's state
@@ -147,7 +217,7 @@ class MatcherPool:
         for matcher in ready:
             surplus = max(0, len(matcher.streams) - share)
             for stream in matcher.harmless()[:surplus]:
-                matcher.remove(stream)
+                self.remove(stream)
                 self._on_lost([stream])
                 self._hand(stream, ready)
 
@@ -156,6 +226,7 @@ class MatcherPool:
         least = min(matchers, key=lambda matcher: len(matcher.streams))
         self._at[stream.slot] = self.matchers.index(least)
         least.add(stream)
+        self._note_openings(least)
 
 
 def max_matchers() -> int:
