@@ -9,7 +9,6 @@ import pytest
 from pagewire.config import ModelConfig
 from pagewire.grammar.child import MatcherProcess
 from pagewire.grammar.messages import Close, Look, Open, Start, ToMatcher, mask_words
-from pagewire.grammar.process import AWAKE_S
 from pagewire.grammar.shared import SharedMasks
 from pagewire.hub.huggingface import demo_gguf
 from pagewire_protocol.grammar import Grammar, GrammarKind
@@ -37,8 +36,7 @@ class Worker:
         """The next token of the stream `key`."""
         rows, keys = np.array([row]), np.array([key], np.uint64)
         self.shared.tell(rows, keys, np.array([position]), np.array([token], np.int32))
-        if self.shared.asleep[0]:
-            self.process.send(Look())
+        self.process.send(Look())
 
     def mask(self, row: int, key: int, position: int) -> list[int]:
         """The tokens that the mask of `row` allows, once it is that of this stream and place."""
@@ -71,12 +69,10 @@ GRAMMAR = regex("abc[xyz]")
 
 
 def test_each_token_that_is_told_brings_the_next_mask(worker: Worker) -> None:
-    """At once, and after a while in which the process has gone to sleep."""
     worker.send(Open(1, 0, GRAMMAR, b""))
     assert A in worker.mask(0, 1, 0)
     worker.tell(0, 1, 0, A)
     assert B in worker.mask(0, 1, 1)
-    time.sleep(2 * AWAKE_S)
     worker.tell(0, 1, 1, B)
     assert C in worker.mask(0, 1, 2)
 

@@ -40,7 +40,7 @@ class StandIn:
         self.dead = False
         self.rows = Rows(shared, start.index)
         self.looked = 0
-        """How often it was woken."""
+        """How often it was told something."""
         self._late = late
         self._random = random or Random(0)
         self._vocab_size = start.vocab_size

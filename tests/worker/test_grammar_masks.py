@@ -236,18 +236,19 @@ def test_the_answer_of_a_matcher_that_a_stream_has_left_is_of_no_use(
         assert np.flatnonzero(bits).tolist() == allowed("abcd"[slot], [], VOCAB)
 
 
-def test_a_process_that_sleeps_is_woken_and_no_other_one() -> None:
+def test_a_process_hears_of_its_own_streams_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matcher_pool, "CROWDED", 1)
+    monkeypatch.setattr(matcher_pool, "max_matchers", lambda: 2)
     room = Room(SLOTS, VOCAB)
-    room.masks.admit(0, grammar("a"), np.zeros(0, np.int32))
-    slots = np.array([0])
-    for position in range(4):
-        assert room.masks.ready(slots, np.array([position])).all()
-        process = room.processes[0]
-        process.rows.sleep(position % 2 == 1)
-        before = process.looked
-        token = allowed("a", [int(t) for t in room.masks._streams[0].output], VOCAB)[0]
-        room.masks.append(room.masks.keys(slots), np.array([token], np.int32))
-        assert process.looked - before == position % 2
+    for slot in range(2):
+        room.masks.admit(slot, grammar("ab"[slot]), np.zeros(0, np.int32))
+    both, nothing = np.arange(2), np.zeros(2, np.int64)
+    while not room.masks.ready(both, nothing).all():
+        pass
+    assert [len(matcher.streams) for matcher in room.masks._pool.matchers] == [1, 1]
+    moved = room.masks._pool._at[:1]
+    room.masks.append(room.masks.keys(both[:1]), np.array(allowed("a", [], VOCAB)[:1], np.int32))
+    assert [process.looked for process in room.processes] == [int(moved[0] == i) for i in (0, 1)]
 
 
 def test_a_token_of_a_stream_whose_process_has_ended_is_told_to_the_next() -> None:

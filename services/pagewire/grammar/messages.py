@@ -51,7 +51,7 @@ class Open(Part, frozen=True):
 
 
 class Look(Part, frozen=True):
-    """Something was told while the process slept."""
+    """Something was told."""
 
 
 class Close(Part, frozen=True):

@@ -12,14 +12,12 @@ import select
 import socket
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import numpy as np
 
 from pagewire.process.parent import die_with_parent
-from pagewire.process.timers import sleep_precisely
 
 from .compiler import Compiler
 from .errors import GrammarError
@@ -30,6 +28,7 @@ from .messages import (
     Close,
     Failed,
     FromMatcher,
+    Look,
     Open,
     Ready,
     Start,
@@ -47,12 +46,6 @@ NICE: Final = 1
 COMPILING: Final = 2
 """Threads that compile, so that a costly grammar holds up no other's masks."""
 
-LOOK_S: Final = 0.00005
-"""Between two looks at what is told."""
-AWAKE_S: Final = 0.003
-"""So long a process looks, where the last token came within that time; then it sleeps."""
-ASLEEP_S: Final = 0.01
-"""At most, while some stream is open."""
 COMPILER_STACK: Final = 256 << 20
 """Bytes, of which only those used take memory: llguidance follows rules that refer to each other by
 recursion, and a grammar may have some 16,000 of them in a row."""
@@ -63,7 +56,6 @@ def main() -> None:
     any."""
     die_with_parent()
     os.nice(NICE)
-    sleep_precisely()
     threading.stack_size(COMPILER_STACK)
     with socket.socket(fileno=int(sys.argv[1])) as service:
         Process(service, *map(int, sys.argv[2:])).serve()
@@ -87,17 +79,11 @@ class Process:
         self._pool = ThreadPoolExecutor(COMPILING, thread_name_prefix="compile")
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
-        self._seen_news = 0
-        self._idle_since = 0.0
-        self._is_hurried = False
-        """The last token came soon enough to be waited for awake."""
 
     def serve(self) -> None:
         """Until the socket ends."""
         while True:
-            ready = select.select([self._service, self._woken], [], [], self._rest())[0]
-            if self._rows is not None:
-                self._rows.sleep(False)
+            ready = select.select([self._service, self._woken], [], [])[0]
             if self._woken in ready:
                 self._woken.recv(4096)
                 self._take_compiled()
@@ -106,28 +92,6 @@ class Process:
                 if frames is None:
                     os._exit(0)
                 self._handle(list(map(decode_to_matcher, frames)))
-            self._take_told()
-
-    def _rest(self) -> float | None:
-        """How long to wait for messages, in seconds; None: until there is one."""
-        if self._rows is None or not self._rows.any:
-            return None
-        if self._is_hurried and time.monotonic() - self._idle_since < AWAKE_S:
-            return LOOK_S
-        self._rows.sleep(True)
-        # What was told before that was seen wakes nobody.
-        return 0.0 if self._rows.news != self._seen_news else ASLEEP_S
-
-    def _take_told(self) -> None:
-        """Tokens that have been told."""
-        if self._rows is None or self._matchers is None:
-            return
-        self._seen_news = self._rows.news
-        keys, tokens = self._rows.told()
-        if not keys:
-            return
-        self._is_hurried = time.monotonic() - self._idle_since < AWAKE_S
-        self._fill(self._matchers, self._matchers.advance(keys, tokens))
 
     def _send(self, message: FromMatcher) -> None:
         self._service.sendall(framed(message))
@@ -139,6 +103,8 @@ class Process:
                     self._start(message)
                 case Check() | Open():
                     self._compile(message)
+                case Look() if self._matchers is not None and self._rows is not None:
+                    self._fill(self._matchers, self._matchers.advance(*self._rows.told()))
                 case Close():
                     for key in message.keys:
                         self._compiling.pop(key, None)
@@ -210,7 +176,8 @@ class Process:
         self._send(answer(message.key, why))
 
     def _fill(self, matchers: Matchers, keys: list[int]) -> None:
-        assert self._rows is not None
+        if not keys or self._rows is None:
+            return
         rows = [matchers.row(key) for key in keys]
         filled, positions, failed = matchers.fill(keys)
         row_of = dict(zip(keys, rows, strict=True))
@@ -219,7 +186,6 @@ class Process:
             self._send(Failed(key, why))
         if filled:
             self._rows.write([row_of[key] for key in filled], positions, matchers.forced(filled))
-        self._idle_since = time.monotonic()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
 """What a worker and its matcher processes tell each other in every step, in memory that all of them
-have: a system call for each token and each mask would take longer than masks do.
+have: to pack and unpack messages for each process would take longer than masks do.
 
-A worker writes the token of each stream into its slot's columns, and then counts `news`, which the
-processes look at. A process that has been idle for some milliseconds sleeps, says so before, and is
-woken through its socket. A process writes its masks, and then the positions that they are for. The
-worker reads a position first and what belongs to it afterwards: x86-64 keeps both orders. Whoever
-waits for something looks again after some milliseconds whatever it has been told, so that a store
-that is seen late costs time and nothing else.
+A worker writes the token of each stream into its slot's columns, and then sends `Look` to the
+processes concerned. A process writes its masks, and then the positions that they are for, at which
+the worker looks: it reads a position first and what belongs to it afterwards. x86-64 keeps both
+orders.
 
 Rows are the worker's slots. Each process has masks and columns of its own, and each opening of a
 stream has a key of its own, so what a process says too late is for nobody.
@@ -34,8 +32,6 @@ class SharedMasks:
         self, rows: int, words: int, processes: int, max_forced: int, fileno: int | None = None
     ) -> None:
         layout: dict[str, tuple[Any, tuple[int, ...]]] = {
-            "news": (np.uint64, (1,)),
-            "asleep": (np.int32, (processes, LINE // 4)),
             "told_keys": (np.uint64, (rows,)),
             "told_positions": (np.int64, (rows,)),
             "told_tokens": (np.int32, (rows,)),
@@ -62,10 +58,6 @@ class SharedMasks:
             flat = np.frombuffer(memory, dtype, prod(shape), starts[name])
             return flat.reshape(shape)
 
-        self.news = column("news")
-        """[1]: how often something was told."""
-        self.asleep = column("asleep")[:, 0]
-        """[processes]: 1 for those that will not look at `news`."""
         self.told_keys = column("told_keys")
         """[rows]: the stream that the last token told was for."""
         self.told_positions = column("told_positions")
@@ -90,13 +82,11 @@ class SharedMasks:
         self.told_tokens[rows] = tokens
         self.told_positions[rows] = positions
         self.told_keys[rows] = keys
-        self.news[0] += 1
 
     def forget(self, process: int) -> None:
         """That process has ended: nothing that it wrote counts."""
         self.keys[process] = 0
         self.positions[process] = NO_POSITION
-        self.asleep[process] = 0
 
 
 class Rows:
@@ -113,16 +103,6 @@ class Rows:
         """Keys by row."""
         self._of_open: tuple[NDArray[np.int64], NDArray[np.uint64]] | None = None
         """Rows and keys of all open streams; None: not up to date."""
-
-    @property
-    def news(self) -> int:
-        """Changes when something is told."""
-        return int(self._shared.news[0])
-
-    @property
-    def any(self) -> bool:
-        """Some stream is open."""
-        return bool(self._open)
 
     def open(self, key: int, row: int) -> None:
         """The stream `key` has that row from now on, and no mask yet."""
@@ -160,7 +140,3 @@ class Rows:
                 shared.forced[process, row, : len(run)] = run
         self._next[rows] = positions
         shared.positions[process, rows] = positions
-
-    def sleep(self, asleep: bool) -> None:
-        """Whether this process looks at `news`."""
-        self._shared.asleep[self._process] = asleep

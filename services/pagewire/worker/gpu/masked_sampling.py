@@ -56,6 +56,8 @@ class MaskedSampling:
         masks.mirror.words = here.words.numpy().view(np.uint32)
         self._values = here.sampling.values.numpy()
         self._seeds = here.sampling.seeds.numpy()
+        self._held: dict[tuple[int, bool], MaskedSamplingRows] = {}
+        """Views of the device's memory: by how many rows, and whether some are filtered."""
         self._positions = here.sampling.positions.numpy()
 
     def covers(self, slots: Ints) -> Bools:
@@ -76,8 +78,14 @@ class MaskedSampling:
         self._seeds[:count] = columns.seed[slots]
         self._positions[:count] = columns.num_tokens[slots] - 1
         self._staging.send(self._num_bytes[int(masks.max()) + 1], self._memory)
-        held = self._there.first(count, bool(columns.filtered[slots].any()))
+        held = self._views(count, bool(columns.filtered[slots].any()))
         self._sample(logits, held, self._last_token, sampled_tokens)
+
+    def _views(self, count: int, filtered: bool) -> MaskedSamplingRows:
+        key = count, filtered
+        if key not in self._held:
+            self._held[key] = self._there.first(count, filtered)
+        return self._held[key]
 
     def warm_up(self, logits: Tensor) -> None:
         """Compile and load what `run` launches, for all numbers of rows. logits [1, V]: of the

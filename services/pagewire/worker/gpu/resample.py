@@ -208,6 +208,23 @@ class ExtraSampling:
             if len(rows):
                 self._masked.run(logits, slots[rows], rows, sampled_tokens)
         others = extra & ~masked
+        if others.any():
+            self._resample_others(logits, slots, others, sampled_tokens)
+        wanted = np.flatnonzero((columns.logprobs[slots] >= 0) & extra)
+        if not len(wanted):
+            return logprobs
+        logprobs = logprobs or StepLogprobs()
+        logprobs.sampled = self._sampled_logprobs(
+            logits, sampled_tokens, wanted, columns.logprobs[slots[wanted]]
+        )
+        return logprobs
+
+    def _resample_others(
+        self, logits: Tensor, slots: Ints, others: Bools, sampled_tokens: Tensor
+    ) -> None:
+        """Those of `others` [R] that have more than log-probabilities, one operation after the
+        other."""
+        columns = self._slots
         penalized = columns.penalized(slots) & others
         rows = np.flatnonzero(penalized | (self._constraints.touches(slots) & others))
         if len(rows):
@@ -219,14 +236,6 @@ class ExtraSampling:
                 self._up(slots[counted].astype(np.int32)),
                 sampled_tokens[self._up(counted)],
             )
-        wanted = np.flatnonzero((columns.logprobs[slots] >= 0) & extra)
-        if not len(wanted):
-            return logprobs
-        logprobs = logprobs or StepLogprobs()
-        logprobs.sampled = self._sampled_logprobs(
-            logits, sampled_tokens, wanted, columns.logprobs[slots[wanted]]
-        )
-        return logprobs
 
     def _sample_again(
         self, logits: Tensor, slots: Ints, rows: Ints, sampled_tokens: Tensor

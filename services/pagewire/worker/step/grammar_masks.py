@@ -33,7 +33,7 @@ WAIT_ALONE_S: Final = 0.05
 """The same of a step in which every row needs one."""
 LOOK_S: Final = 0.00005
 """At least between two looks at masks, and at whether a step is computed."""
-LOOKS: Final = 8
+LOOKS: Final = 24
 """In as long as has been waited."""
 WAIT_RUNS_S: Final = 0.001
 """How long a step in which every row has a grammar waits for its forced runs before it is

@@ -24,13 +24,13 @@ from .matcher import NOTHING_OWED, Matcher, StartProcess
 CROWDED: Final = 8
 """Streams of each matcher from which on there are more of them. One takes some 0.05 ms for a
 mask."""
-MAX_MATCHERS: Final = 16
-CORES_A_MATCHER: Final = 2
-"""Processors that there must be for each."""
+MAX_MATCHERS: Final = 32
+"""And no more than processors."""
 
 LOOK_EVERY_S: Final = 0.5
 """How often it is looked whether a process hangs."""
 NO_MATCHER: Final = -1
+LOOK: Final = Look()
 
 
 class MatcherPool:
@@ -137,10 +137,10 @@ class MatcherPool:
             return
         self._owed[slots] = self._clock()
         self._shared.tell(slots, self._opening_of[slots], positions, tokens)
-        for index in np.flatnonzero(self._shared.asleep).tolist():
-            process = self.matchers[index].process if index < len(self.matchers) else None
-            if process is not None:
-                process.send(Look())
+        concerned = np.bincount(self._at[slots], minlength=len(self.matchers))
+        for matcher, rows in zip(self.matchers, concerned.tolist(), strict=True):
+            if rows and matcher.process is not None:
+                matcher.process.send(LOOK)
 
     def positions(self, slots: Ints) -> NDArray[np.int64]:
         """[R]: the output positions that the masks of `slots` [R] are for; NO_POSITION where there
@@ -231,4 +231,4 @@ class MatcherPool:
 
 def max_matchers() -> int:
     """Of a worker, on this machine."""
-    return max(1, min(MAX_MATCHERS, len(os.sched_getaffinity(0)) // CORES_A_MATCHER))
+    return max(1, min(MAX_MATCHERS, len(os.sched_getaffinity(0))))
