@@ -162,7 +162,8 @@ class Chain:
         if without == "attention":
             attended = qkv[:, : s.heads * s.dim]
         elif self._few is None:
-            attended = decode_attention(qkv, *caches, rope=self._rope)
+            ahead = s.normed or s.bits < 16
+            attended = decode_attention(qkv, *caches, rope=self._rope, reads_ahead=ahead)
         else:
             attended = qkv.new_empty(1, s.heads * s.dim)
             decode_few(qkv, *caches, None, None, self._rope, attended, self._few)

@@ -224,7 +224,8 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
         scale: float,
                      window: int | None = None, softcap: float | None = None, *, query_start: torch.Tensor | None = None,
                      out: torch.Tensor | None = None, alibi_slopes: torch.Tensor | None = None, rope: Rope | None = None,
-                     shared: Any = None, config: DecodeConfig | None = None, kv_scales: KVScales = UNSCALED) -> torch.Tensor:  # fmt: skip
+                     shared: Any = None, config: DecodeConfig | None = None, kv_scales: KVScales = UNSCALED,
+                     reads_ahead: bool = True) -> torch.Tensor:  # fmt: skip
     """[T, Hq * D]: attention of the last token of each row.
 
     q [T, Hq, D]; caches [num_blocks, Hkv, block_size, D]; tables [B, M] int32; seq_lens [B] int32,
@@ -232,7 +233,8 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
     exactly one token are computed, and the other rows of `out` stay as they are. `alibi_slopes`:
     ALiBi's, float32 [Hq]. `rope`: q is [T, (Hq + 2 Hkv) * D] as the projection gave it; the new
     keys and values are written to their pages. `shared`: a cascade.Shared whose partial results
-    join the merge. `kv_scales`: of caches of 8-bit codes.
+    join the merge. `kv_scales`: of caches of 8-bit codes. `reads_ahead`: see
+    backend.FusedOps.rope_attention.
     """
     rows = seq_lens.shape[0]
     _, hkv, _, dim = k_cache.shape
@@ -241,7 +243,7 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
     if out is None:
         out = torch.empty(q.shape[0], heads * dim, dtype=q.dtype, device=q.device)
     kv_itemsize = k_cache.element_size()
-    if rope is not None and config is None:
+    if rope is not None and config is None and reads_ahead:
         normed = rope.q_weight is not None
         few = pick_few(dim, group, rows * hkv, q.element_size(), kv_itemsize, normed)
         if few is not None:

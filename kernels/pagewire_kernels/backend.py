@@ -118,8 +118,11 @@ class FusedOps(Protocol):
         window: int | None,
         softcap: float | None = None,
         kv_scales: KVScales = UNSCALED,
+        reads_ahead: bool = True,
     ) -> Tensor:
-        """rope_and_cache and paged_attention in one: qkv [T, (Hq + 2 Hkv) * D] -> [T, Hq * D]."""
+        """rope_and_cache and paged_attention in one: qkv [T, (Hq + 2 Hkv) * D] -> [T, Hq * D].
+        reads_ahead: of few rows, older keys and values are read while the kernel before still runs,
+        and the next one is let in at once: faster unless these two read large matrices."""
         ...
 
     def takes_row(self, weight: Any) -> bool:

@@ -285,6 +285,7 @@ class CudaOps:
         window: int | None,
         softcap: float | None = None,
         kv_scales: KVScales = UNSCALED,
+        reads_ahead: bool = True,
     ) -> Tensor:
         """rope_and_cache and paged_attention in one: qkv [T, (Hq + 2 Hkv) * D] -> [T, Hq * D].
         Decoding few rows without groups takes one launch; among many, what each program does before
@@ -305,6 +306,7 @@ class CudaOps:
                 softcap,
                 rope=Rope(cos_sin, q_weight, k_weight, eps),
                 kv_scales=kv_scales,
+                reads_ahead=reads_ahead,
             )
         q = rope_and_cache(
             qkv, cos_sin, q_weight, k_weight, eps, k_cache, v_cache, batch, kv_scales

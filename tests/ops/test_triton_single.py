@@ -12,6 +12,7 @@ from pagewire.worker.models.decoder import Decoder
 from pagewire.worker.models.layers import Build
 from pagewire.worker.models.quantized_weights import QuantizedMethod
 from pagewire.worker.models.rounding import ROUNDINGS
+from pagewire_kernels import cuda
 from pagewire_kernels.backend import backend
 from pagewire_kernels.batch import make_batch
 from torch import Tensor
@@ -58,6 +59,32 @@ def test_one_row_of_experts_in_half_precision(family: dict[str, Any], dtype: tor
     assert len(decoder._singles) == 2
     (single, plain), _ = both_ways(decoder, dtype)
     assert error(single, plain) < 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(
+    ("family", "rounding", "expected"),
+    [(FAMILIES[0], "", False), (FAMILIES[0], "int4", True), (FAMILIES[2], "", True)],
+    ids=["full", "quantized", "QK-norm"],
+)
+def test_attention_reads_ahead_unless_large_matrices_are_read_around_it(
+    family: dict[str, Any], rounding: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[bool] = []
+    plain = cuda.decode_attention
+    monkeypatch.setattr(
+        cuda,
+        "decode_attention",
+        lambda *given, reads_ahead, **named: told.append(reads_ahead) or plain(*given, **named),
+    )
+    ops = backend("cuda")
+    build = Build(ops, torch.float32, "cpu")
+    if rounding:
+        assert ops.quantized is not None
+        method = QuantizedMethod(ops, ops.quantized, torch.float32, "cpu", ROUNDINGS[rounding])
+        build = Build(ops, torch.float32, "cpu", lambda names: method)
+    decoder = loaded(describe({**COMMON, **family, "intermediate_size": 128}), build)
+    both_ways(decoder, torch.float32)
+    assert set(told) == {expected}
 
 
 def loaded(arch: Architecture, build: Build) -> Decoder:

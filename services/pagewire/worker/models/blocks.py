@@ -95,6 +95,12 @@ class Attention:
         """What reads its input."""
         return [self.qkv]
 
+    @property
+    def _reads_ahead(self) -> bool:
+        """As it was measured (docs/performance.md): with QK-norm, whose reductions take long, and
+        between quantized matrices, which are read soon."""
+        return self.q_weight is not None or not isinstance(self.output.kernel_weight, Tensor)
+
     def __call__(self, x: Activations, cos_sin: Tensor, cache: Tensor, batch: Batch) -> Tensor:
         """x [T, H] -> [T, H], of several ranks to be added up; cache [2, blocks, Hkv, block_size,
         D]."""
@@ -118,6 +124,7 @@ class Attention:
                 self.window,
                 self._softcap,
                 self.kv_scales,
+                self._reads_ahead,
             )
         q = self._ops.rope_and_cache(qkv, cos_sin, *weights, keys, values, batch, self.kv_scales)
         return self._ops.paged_attention(
