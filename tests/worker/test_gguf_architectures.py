@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 from pagewire.checkpoint import model_types
-from pagewire.worker.load import gguf_architectures
+from pagewire.hub.huggingface import demo_gguf
+from pagewire.worker.load import gguf_architectures, quantizing
 from pagewire.worker.load.gguf_file import Gguf
 from pagewire.worker.models import describe
 from rank_threads import run_ranks
@@ -152,7 +153,18 @@ def test_matrices_stay_quantized(harness, tmp_path, caplog):
     write(tmp_path / "tiny.gguf", build("phi3"), "phi3", Q8_0)
     caplog.set_level("INFO")
     harness(tmp_path / "tiny.gguf")
-    assert "14 Q8_0 matrices stay quantized" in caplog.text
+    assert "14 Q8_0 matrices stay quantized, which saves about 0 MiB" in caplog.text
+
+
+@pytest.mark.parametrize(("capability", "saved"), [(None, 165), ((9, 0), 109)])
+def test_the_start_says_what_that_saves(capability, saved, caplog):
+    """Of the demo model's 256 MiB in bf16; on a GPU its table of embeddings, 54 MiB, is full."""
+    caplog.set_level("INFO")
+    file = Gguf(Path(str(demo_gguf())))
+    target = quantizing.Target(torch.bfloat16, capability)
+    chosen = quantizing._of_gguf(file, describe(file.config()), target)
+    assert chosen.kept
+    assert f"matrices stay quantized, which saves about {saved} MiB" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["gemma3", "phi3"])

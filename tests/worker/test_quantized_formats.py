@@ -388,8 +388,9 @@ def test_the_log_says_what_becomes_of_the_matrices(
 
 @pytest.mark.parametrize("asked", ["bitsandbytes", "bitsandbytes_8bit", "fp8"])
 def test_full_weights_are_rounded_as_asked_for(
-    asked: str, tiny: Any, harness: Any, numbers: Any
+    asked: str, tiny: Any, harness: Any, numbers: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "pagewire.worker")
     source, tokens = tiny("qwen3"), numbers(30)
     reference = copy.deepcopy(source.model)
     for name, layer in reference.named_modules():
@@ -403,6 +404,8 @@ def test_full_weights_are_rounded_as_asked_for(
     assert (ours - wanted).abs().max() < 1e-5 * float(wanted.abs().max())
     exact = source.logits(tokens)
     assert (ours - exact).abs().max() > 1e-3
+    says = "which saves about" if ROUNDINGS[asked].stays else "no memory is saved"
+    assert says in caplog.text
 
 
 # --- what is refused ---

@@ -152,14 +152,25 @@ def _of_gguf(source: Gguf, arch: Architecture, target: Target) -> Quantizing:
     full = ", ".join(
         f"{count} {name}" for name, count in sorted(counts.items()) if name not in quantized
     )
-    log.info("%s matrices stay quantized%s", kept, f"; {full} are made full" if full else "")
     itemsize = target.dtype.itemsize
-    if not target.on_gpu:
-        return Quantizing(True, None, source.count_bytes(BYTES, itemsize))
-    weights = source.count_bytes(gpu_quantized_size.GGUF_BYTES, itemsize)
-    # the table of embeddings is full, and memory for one dequantized matrix comes on top
-    table = arch.vocab_size * arch.hidden_size * itemsize
-    return Quantizing(True, None, weights + table + _scratch(arch))
+    sizes = gpu_quantized_size.GGUF_BYTES if target.on_gpu else BYTES
+    weights = source.count_bytes({name: sizes[name] for name in types}, itemsize)
+    if target.on_gpu:
+        # the table of embeddings is full
+        weights += arch.vocab_size * arch.hidden_size * itemsize
+    log.info(
+        "%s matrices stay quantized, which saves about %s MiB%s",
+        kept,
+        _mebibytes(source.count_bytes({}, itemsize) - weights),
+        f"; {full} are made full" if full else "",
+    )
+    # memory for one dequantized matrix comes on top
+    return Quantizing(True, None, weights + (_scratch(arch) if target.on_gpu else 0))
+
+
+def _mebibytes(saved: float) -> str:
+    """Bytes that are saved, in MiB; 0 where small models have more of what is full."""
+    return f"{max(0.0, saved) / MIB:,.0f}"
 
 
 def _of_checkpoint(
@@ -185,7 +196,7 @@ def _of_checkpoint(
         "%s: %d matrices stay quantized, which saves %s MiB%s",
         form.title(),
         len(kept),
-        f"{(weights * itemsize - kept_bytes) / MIB:,.0f}",
+        _mebibytes(weights * itemsize - kept_bytes),
         f"; {len(extents) - len(kept)} are made full" if len(kept) < len(extents) else "",
     )
     full = max(0, arch.parameters - weights) * itemsize
@@ -209,10 +220,13 @@ def _kept_on_gpu(rounding: Rounding, arch: Architecture, target: Target) -> Quan
     share = gpu_quantized_size.IN_FLIGHT.get(rounding.name, gpu_quantized_size.LARGEST)
     rounded = max(0, arch.parameters - full)
     itemsize = target.dtype.itemsize
-    saved = rounded * (itemsize - share) / MIB
-    log.info("they stay quantized, which saves about %s MiB", f"{saved:,.0f}")
+    _say_saved(rounded * (itemsize - share))
     weights = int(full * itemsize + rounded * share) + _scratch(arch)
     return Quantizing(True, rounding, weights)
+
+
+def _say_saved(saved: float) -> None:
+    log.info("they stay quantized, which saves about %s MiB", _mebibytes(saved))
 
 
 def _scratch(arch: Architecture) -> int:
@@ -256,7 +270,9 @@ def _rounded(rounding: Rounding, arch: Architecture, target: Target) -> Quantizi
         )
         if target.on_gpu:
             return _kept_on_gpu(rounding, arch, target)
-        return Quantizing(True, rounding, share=IN_FLIGHT.get(name, 2))
+        share = IN_FLIGHT.get(name, 2)
+        _say_saved(arch.parameters * (target.dtype.itemsize - share))
+        return Quantizing(True, rounding, share=share)
     log.warning(
         "weights are rounded to %s (%s) while they are loaded, as asked for, and then held in full, since there are no products with "
         "such weights on this device yet: no memory is saved",
