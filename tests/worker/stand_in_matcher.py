@@ -88,7 +88,7 @@ class StandIn:
                 run += tokens
                 output += tokens
             self._write(opened, output)
-            self.rows.write([opened.row], [len(output)], [run])
+            self.rows.write(opened.row, len(output), run)
         self._due = waiting
         return answers
 

@@ -4,6 +4,8 @@ A request's state is a function of its grammar and its output so far, so that it
 anywhere: by `open` with that output.
 """
 
+import time
+
 import numpy as np
 from llguidance import LLMatcher
 from numpy.typing import NDArray
@@ -18,7 +20,7 @@ Words = NDArray[np.uint32]
 class Stream:
     """One request."""
 
-    __slots__ = ("after", "forced", "matcher", "num_output", "row", "tail")
+    __slots__ = ("after", "cost", "forced", "matcher", "num_output", "row", "tail")
 
     def __init__(self, matcher: LLMatcher, after: bytes, row: int) -> None:
         self.matcher = matcher
@@ -31,6 +33,8 @@ class Stream:
         self.forced: list[int] = []
         """The forced run before the position that the row's mask is for."""
         self.row = row
+        self.cost = 0.0
+        """Seconds that its last mask took."""
 
 
 class Matchers:
@@ -108,28 +112,34 @@ class Matchers:
     def fill(self, keys: list[int]) -> tuple[list[int], list[int], dict[int, str]]:
         """Write the masks of these open requests. Returns the keys that have one, the output
         positions that they are for, and by key why others have none."""
-        streams = [self._streams[key] for key in keys]
-        for stream in streams:
-            if stream.after:
-                self._masks[stream.row] = self._free_mask
-                continue
-            self._compute(stream)
-            if self._max_forced:
-                self._run_ahead(stream)
-        rows = self._masks[[stream.row for stream in streams]]
-        some_token = rows.max(axis=1).tolist() if keys else []
-        filled: list[int] = []
-        positions: list[int] = []
-        failed: dict[int, str] = {}
-        for key, stream, is_some in zip(keys, streams, some_token, strict=True):
-            why = "" if stream.after else _why_none(stream.matcher, bool(is_some))
-            if why:
-                failed[key] = why
-                self.close(key)
-            else:
-                filled.append(key)
-                positions.append(stream.num_output)
-        return filled, positions, failed
+        failed = {key: why for key in keys if (why := self.write(key))}
+        filled = [key for key in keys if key not in failed]
+        return filled, [self.position(key) for key in filled], failed
+
+    def write(self, key: int) -> str:
+        """The mask of this open request. Returns why there is none, and it is open no longer then;
+        empty: there is one."""
+        stream = self._streams[key]
+        if stream.after:
+            self._masks[stream.row] = self._free_mask
+            return ""
+        began = time.perf_counter()
+        self._compute(stream)
+        if self._max_forced:
+            self._run_ahead(stream)
+        stream.cost = time.perf_counter() - began
+        why = _why_none(stream.matcher, bool(self._masks[stream.row].any()))
+        if why:
+            self.close(key)
+        return why
+
+    def position(self, key: int) -> int:
+        """The output position that the mask of this request is for."""
+        return self._streams[key].num_output
+
+    def cost(self, key: int) -> float:
+        """Seconds that its last mask took; the next one is likely to take as long."""
+        return self._streams[key].cost
 
     def _compute(self, stream: Stream) -> None:
         """Its row of the masks."""
@@ -147,9 +157,9 @@ class Matchers:
             stream.forced.append(token)
             self._compute(stream)
 
-    def forced(self, keys: list[int]) -> list[list[int]]:
-        """The forced run of each of these requests, before the position of its mask."""
-        return [self._streams[key].forced for key in keys]
+    def forced(self, key: int) -> list[int]:
+        """The forced run of this request, before the position of its mask."""
+        return self._streams[key].forced
 
 
 def _why_none(matcher: LLMatcher, some_token: bool) -> str:

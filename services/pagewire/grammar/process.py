@@ -12,6 +12,7 @@ import select
 import socket
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -46,6 +47,10 @@ NICE: Final = 1
 COMPILING: Final = 2
 """Threads that compile, so that a costly grammar holds up no other's masks."""
 
+LOOK_S: Final = 0.0001
+"""Between two looks at what is told while masks are computed."""
+PATIENCE: Final = 4.0
+"""How many times its own duration a mask waits behind those that were wanted after it."""
 COMPILER_STACK: Final = 256 << 20
 """Bytes, of which only those used take memory: llguidance follows rules that refer to each other by
 recursion, and a grammar may have some 16,000 of them in a row."""
@@ -104,7 +109,9 @@ class Process:
                 case Check() | Open():
                     self._compile(message)
                 case Look() if self._matchers is not None and self._rows is not None:
-                    self._fill(self._matchers, self._matchers.advance(*self._rows.told()))
+                    self._write(
+                        self._matchers, self._rows, self._matchers.advance(*self._rows.told())
+                    )
                 case Close():
                     for key in message.keys:
                         self._compiling.pop(key, None)
@@ -168,24 +175,39 @@ class Process:
                     opened.append(message.key)
             except GrammarError as error:
                 self._refuse(message, str(error))
-        if opened and self._matchers is not None:
-            self._fill(self._matchers, opened)
+        if self._matchers is not None and self._rows is not None:
+            self._write(self._matchers, self._rows, opened)
 
     def _refuse(self, message: Check | Open, why: str) -> None:
         answer = Checked if isinstance(message, Check) else Failed
         self._send(answer(message.key, why))
 
-    def _fill(self, matchers: Matchers, keys: list[int]) -> None:
-        if not keys or self._rows is None:
-            return
-        rows = [matchers.row(key) for key in keys]
-        filled, positions, failed = matchers.fill(keys)
-        row_of = dict(zip(keys, rows, strict=True))
-        for key, why in failed.items():
-            self._rows.close(key, row_of[key])
+    def _write(self, matchers: Matchers, rows: Rows, keys: list[int]) -> None:
+        """The masks of these streams, and of those whose tokens are told meanwhile. Each is there
+        for its row as soon as it is written, and those that are likely to take long come last: a
+        step goes without the few that are late."""
+        waiting: list[tuple[float, int]] = []
+        looked = 0.0
+        while True:
+            now = time.perf_counter()
+            if keys:
+                waiting += [(now + PATIENCE * matchers.cost(key), key) for key in keys]
+                waiting.sort(reverse=True)
+            if not waiting:
+                return
+            looked = now
+            while waiting and time.perf_counter() - looked < LOOK_S:
+                self._write_one(matchers, rows, waiting.pop()[1])
+            keys = matchers.advance(*rows.told())
+
+    def _write_one(self, matchers: Matchers, rows: Rows, key: int) -> None:
+        row = matchers.row(key)
+        why = matchers.write(key)
+        if why:
+            rows.close(key, row)
             self._send(Failed(key, why))
-        if filled:
-            self._rows.write([row_of[key] for key in filled], positions, matchers.forced(filled))
+        else:
+            rows.write(row, matchers.position(key), matchers.forced(key))
 
 
 if __name__ == "__main__":

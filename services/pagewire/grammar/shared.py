@@ -130,13 +130,12 @@ class Rows:
         self._next[rows] = NO_POSITION  # until its mask has been written
         return keys[new].tolist(), shared.told_tokens[rows].tolist()
 
-    def write(self, rows: list[int], positions: list[int], forced: list[list[int]]) -> None:
-        """The masks of these rows are there, for these output positions; the last tokens before
-        them, forced[i], were not told."""
+    def write(self, row: int, position: int, forced: list[int]) -> None:
+        """The mask of this row is there, for this output position; the last tokens before it,
+        `forced`, were not told."""
         shared, process = self._shared, self._process
         if shared.forced.shape[2]:
-            shared.forced_counts[process, rows] = [len(run) for run in forced]
-            for row, run in zip(rows, forced, strict=True):
-                shared.forced[process, row, : len(run)] = run
-        self._next[rows] = positions
-        shared.positions[process, rows] = positions
+            shared.forced_counts[process, row] = len(forced)
+            shared.forced[process, row, : len(forced)] = forced
+        self._next[row] = position
+        shared.positions[process, row] = position

@@ -372,6 +372,8 @@ class GpuRunner:
         self._mixed = parts.mixed
         self._extra = parts.extra
         self._masks = parts.masks
+        self._late: Ints = np.zeros(0, np.int64)
+        """Slots whose masks the step that is being launched goes without."""
         self._unlearned: deque[GrammarRows] = deque()
         """Steps in flight whose tokens the grammars have not been told."""
         self._cost = cost
@@ -432,6 +434,9 @@ class GpuRunner:
             for observer in self._observers:
                 observer.end(int(counts.sum()))
             handle = self._handle(step, sampled_slots.astype(np.int32), run)
+            if len(self._late):
+                self._hold_back(self._late)
+                self._late = self._late[:0]
             if self._masks.any:
                 self._note_grammars(handle, sampled_slots)
             return handle
@@ -473,13 +478,14 @@ class GpuRunner:
         ready = self._masks.ready(slots, positions, computed.query)
         if ready.all():
             return None
-        self._hold_back(slots[~ready])
+        late = slots[~ready]
+        self._slots.hold_back(late)
+        self._late = late
         return ready
 
     def _hold_back(self, slots: Ints) -> None:
         """What the step's kernels have said of `slots` [N] does not count: their next step computes
-        their last tokens again."""
-        self._slots.hold_back(slots)
+        their last tokens again. After all that the host waits for."""
         last = self._slots.tokens[slots, self._slots.num_tokens[slots] - 1]
         columns = np.stack((slots, last, self._slots.num_computed[slots]))
         index, last_token, num_computed = self._uploads.up(columns.astype(np.int64)).unbind(0)
