@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pagewire.config import ModelConfig
 from pagewire.grammar.child import MatcherProcess
-from pagewire.grammar.messages import Close, Look, Open, Start, ToMatcher, mask_words
+from pagewire.grammar.messages import Close, Open, Start, ToMatcher, mask_words
 from pagewire.grammar.shared import SharedMasks
 from pagewire.hub.huggingface import demo_gguf
 from pagewire_protocol.grammar import Grammar, GrammarKind
@@ -36,7 +36,7 @@ class Worker:
         """The next token of the stream `key`."""
         rows, keys = np.array([row]), np.array([key], np.uint64)
         self.shared.tell(rows, keys, np.array([position]), np.array([token], np.int32))
-        self.process.send(Look())
+        self.process.look()
 
     def mask(self, row: int, key: int, position: int) -> list[int]:
         """The tokens that the mask of `row` allows, once it is that of this stream and place."""

@@ -61,7 +61,10 @@ class StandIn:
                     if opened is not None:
                         self.rows.close(key, opened.row)
             case _:
-                self.looked += 1
+                raise AssertionError(message)
+
+    def look(self) -> None:
+        self.looked += 1
 
     def receive(self) -> list[FromMatcher]:
         if self.dead:

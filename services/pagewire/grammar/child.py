@@ -16,6 +16,7 @@ from pagewire.process.parent import PARENT_VARIABLE, how_it_ended
 
 from .messages import (
     FromMatcher,
+    Look,
     Ready,
     Start,
     ToMatcher,
@@ -27,6 +28,7 @@ from .stream import FrameReader
 
 _MODULE: Final = "pagewire.grammar.process"
 SOCKET_BYTES: Final = 1 << 20
+LOOK: Final = framed(Look())
 
 
 class MatcherGone(Exception):
@@ -69,6 +71,11 @@ class MatcherProcess:
     def send(self, message: ToMatcher) -> None:
         """As much as the socket takes now; the rest goes with the next call of any method."""
         self._unsent += framed(message)
+        self.flush()
+
+    def look(self) -> None:
+        """`send` of Look, which is said in every step: packed before."""
+        self._unsent += LOOK
         self.flush()
 
     def flush(self) -> None:

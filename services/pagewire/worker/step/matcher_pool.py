@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from ...grammar.child import wait_for_any
-from ...grammar.messages import Look, Start, mask_words
+from ...grammar.messages import Start, mask_words
 from ...grammar.shared import NO_POSITION, SharedMasks
 from ...process.timers import sleep_precisely
 from .matched_stream import Ints, Stream
@@ -30,7 +30,6 @@ MAX_MATCHERS: Final = 32
 LOOK_EVERY_S: Final = 0.5
 """How often it is looked whether a process hangs."""
 NO_MATCHER: Final = -1
-LOOK: Final = Look()
 
 
 class MatcherPool:
@@ -140,7 +139,7 @@ class MatcherPool:
         concerned = np.bincount(self._at[slots], minlength=len(self.matchers))
         for matcher, rows in zip(self.matchers, concerned.tolist(), strict=True):
             if rows and matcher.process is not None:
-                matcher.process.send(LOOK)
+                matcher.process.look()
 
     def positions(self, slots: Ints) -> NDArray[np.int64]:
         """[R]: the output positions that the masks of `slots` [R] are for; NO_POSITION where there
