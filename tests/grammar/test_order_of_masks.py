@@ -1,13 +1,14 @@
 """In which order a matcher process computes masks, with a stand-in for what computes them."""
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from pagewire.grammar import process
-from pagewire.grammar.messages import Failed
-from pagewire.grammar.process import PATIENCE, Process
+from pagewire.grammar.messages import Close, Failed, Open, framed
+from pagewire.grammar.process import HEAR_S, PATIENCE, Process
+from pagewire_protocol.grammar import Grammar, GrammarKind
 
 
 class Work:
@@ -21,6 +22,10 @@ class Work:
         self.fails: set[int] = set()
         self.written: list[int] = []
         self.closed: list[int] = []
+        self.over: set[int] = set()
+        """Keys of streams that the service has closed."""
+        self.at: dict[int, Callable[[], None]] = {}
+        """By key of a mask: what happens while it is computed."""
         self._told: list[int] = []
 
     def perf_counter(self) -> float:
@@ -28,6 +33,9 @@ class Work:
 
     def cost(self, key: int) -> float:
         return self.costs[key]
+
+    def __contains__(self, key: int) -> bool:
+        return key not in self.over
 
     def row(self, key: int) -> int:
         return key
@@ -53,10 +61,16 @@ class Work:
             return ""
         self.now += self.costs[key]
         self._told += self.news.get(key, [])
+        self.at.get(key, lambda: None)()
         return "it cannot be held" if key in self.fails else ""
 
-    def close(self, key: int, row: int) -> None:
+    def close(self, key: int, row: int | None = None) -> int | None:
+        """Of matchers (key), or of rows (key, row)."""
+        if row is None:
+            self.over.add(key)
+            return key
         self.closed.append(key)
+        return None
 
 
 @pytest.fixture
@@ -67,9 +81,12 @@ def at_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     def run(work: Work, keys: list[int]) -> list[int]:
         monkeypatch.setattr(process.time, "perf_counter", work.perf_counter)
         both: Any = work
-        one._write(both, both, keys)
+        one._opened = keys
+        one._matchers = one._rows = both
+        one._write(both, both)
         return work.written
 
+    one._unusable = "no grammar is held"
     run.ours = ours  # type: ignore[attr-defined]
     yield run
     for end in (ours, theirs, one._woken, one._waker):
@@ -104,3 +121,35 @@ def test_what_has_no_mask_holds_up_nobody(at_work: Any) -> None:
 
 def test_without_news_there_is_nothing_to_do(at_work: Any) -> None:
     assert at_work(Work({}), []) == []
+
+
+def busy(masks: int) -> Work:
+    """Each of so many masks takes 0.2 ms, while which another stream is told a token."""
+    return Work(dict.fromkeys(range(masks), 0.2e-3), {key: [key + 1] for key in range(masks - 1)})
+
+
+def test_a_service_is_heard_while_there_are_always_masks_to_be_computed(at_work: Any) -> None:
+    """A stream that is opened where masks take longer than steps waits for no pause, which may
+    never come."""
+    work = busy(200)
+    answers: list[bytes] = []
+    opening = Open(1000, 0, Grammar(GrammarKind.REGEX, "a"), b"")
+    work.at[50] = lambda: at_work.ours.sendall(framed(opening))
+    work.at[50 + int(HEAR_S / 0.2e-3) + 2] = lambda: answers.append(at_work.ours.recv(1000))
+    at_work.ours.setblocking(False)
+    assert at_work(work, [0]) == list(range(200))
+    assert b"no grammar is held" in answers[0]
+
+
+def test_what_is_closed_while_it_waits_is_not_computed(at_work: Any) -> None:
+    work = busy(200)
+    work.costs[1000] = 0.1  # it waits PATIENCE times as long
+    work.at[50] = lambda: at_work.ours.sendall(framed(Close((1000,))))
+    assert at_work(work, [0, 1000]) == list(range(200))
+    assert work.over == {1000}
+
+
+def test_what_is_closed_as_soon_as_it_is_compiled_is_not_computed(at_work: Any) -> None:
+    work = Work({1: 0.0})
+    work.over = {2}
+    assert at_work(work, [2, 1]) == [1]

@@ -459,6 +459,20 @@ def test_a_process_that_hangs_is_replaced() -> None:
     assert len(room.processes) == 2 and request.output
 
 
+def test_a_process_has_answered_though_nobody_has_looked_for_long() -> None:
+    """A step, or a pause between two, took longer than a process may take."""
+    room = Room(SLOTS, VOCAB)
+    room.masks.admit(0, grammar("a"), np.zeros(0, np.int32))
+    slots = np.array([0])
+    assert room.masks.ready(slots, np.array([0])).all()
+    token = allowed("a", [], VOCAB)[0]
+    room.masks.append(room.masks.keys(slots), np.array([token], np.int32))
+    room.processes[0].receive()  # its mask is there
+    room.clock.now += HANG_S + 1
+    assert room.masks.ready(slots, np.array([1])).all()
+    assert len(room.processes) == 1 and not room.processes[0].dead
+
+
 def test_processes_that_cannot_start_fail_their_requests() -> None:
     bench = Bench(0)
     room = bench.room

@@ -49,6 +49,9 @@ COMPILING: Final = 2
 
 LOOK_S: Final = 0.0001
 """Between two looks at what is told while masks are computed."""
+HEAR_S: Final = 0.002
+"""The same at what the service says: where masks take longer than its steps, there is always one to
+be computed."""
 PATIENCE: Final = 4.0
 """How many times its own duration a mask waits behind those that were wanted after it."""
 COMPILER_STACK: Final = 256 << 20
@@ -81,6 +84,8 @@ class Process:
         self._compiling: dict[int, Check | Open] = {}
         """What waits for its grammar to be compiled, by key."""
         self._compiled: queue.SimpleQueue[Check | Open] = queue.SimpleQueue()
+        self._opened: list[int] = []
+        """Streams that wait for their first masks, by key."""
         self._pool = ThreadPoolExecutor(COMPILING, thread_name_prefix="compile")
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
@@ -88,15 +93,22 @@ class Process:
     def serve(self) -> None:
         """Until the socket ends."""
         while True:
-            ready = select.select([self._service, self._woken], [], [])[0]
-            if self._woken in ready:
-                self._woken.recv(4096)
-                self._take_compiled()
-            if self._service in ready:
-                frames = self._reader.read()
-                if frames is None:
-                    os._exit(0)
-                self._handle(list(map(decode_to_matcher, frames)))
+            self._hear(None)
+            if self._matchers is not None and self._rows is not None:
+                self._write(self._matchers, self._rows)
+
+    def _hear(self, seconds: float | None) -> None:
+        """Take what the service says and what has been compiled, once there is some; wait for it so
+        long at most, None: for ever."""
+        ready = select.select([self._service, self._woken], [], [], seconds)[0]
+        if self._woken in ready:
+            self._woken.recv(4096)
+            self._take_compiled()
+        if self._service in ready:
+            frames = self._reader.read()
+            if frames is None:
+                os._exit(0)
+            self._handle(list(map(decode_to_matcher, frames)))
 
     def _send(self, message: FromMatcher) -> None:
         self._service.sendall(framed(message))
@@ -108,17 +120,13 @@ class Process:
                     self._start(message)
                 case Check() | Open():
                     self._compile(message)
-                case Look() if self._matchers is not None and self._rows is not None:
-                    self._write(
-                        self._matchers, self._rows, self._matchers.advance(*self._rows.told())
-                    )
                 case Close():
                     for key in message.keys:
                         self._compiling.pop(key, None)
                         if self._matchers is not None:
                             self._close(self._matchers, key)
-                case _:
-                    pass
+                case Look():
+                    pass  # `_write` does, before anything else
 
     def _close(self, matchers: Matchers, key: int) -> None:
         row = matchers.close(key)
@@ -158,7 +166,6 @@ class Process:
 
     def _take_compiled(self) -> None:
         assert self._compiler is not None
-        opened: list[int] = []
         while not self._compiled.empty():
             message = self._compiled.get()
             if self._compiling.get(message.key) is not message:
@@ -172,24 +179,28 @@ class Process:
                     output = np.frombuffer(message.output, np.int32).tolist()
                     self._matchers.open(message.key, message.row, message.grammar, output)
                     self._rows.open(message.key, message.row)
-                    opened.append(message.key)
+                    self._opened.append(message.key)
             except GrammarError as error:
                 self._refuse(message, str(error))
-        if self._matchers is not None and self._rows is not None:
-            self._write(self._matchers, self._rows, opened)
 
     def _refuse(self, message: Check | Open, why: str) -> None:
         answer = Checked if isinstance(message, Check) else Failed
         self._send(answer(message.key, why))
 
-    def _write(self, matchers: Matchers, rows: Rows, keys: list[int]) -> None:
-        """The masks of these streams, and of those whose tokens are told meanwhile. Each is there
-        for its row as soon as it is written, and those that are likely to take long come last: a
-        step goes without the few that are late."""
+    def _write(self, matchers: Matchers, rows: Rows) -> None:
+        """The masks of the streams that have been opened and of those whose tokens are told, now or
+        meanwhile. Each is there for its row as soon as it is written, and those that are likely to
+        take long come last: a step goes without the few that are late."""
         waiting: list[tuple[float, int]] = []
-        looked = 0.0
+        heard = time.perf_counter()
         while True:
             now = time.perf_counter()
+            if now - heard >= HEAR_S:
+                self._hear(0.0)
+                heard = now
+            keys = [key for key in self._opened if key in matchers]  # some may have been closed
+            keys += matchers.advance(*rows.told())
+            self._opened = []
             if keys:
                 waiting += [(now + PATIENCE * matchers.cost(key), key) for key in keys]
                 waiting.sort(reverse=True)
@@ -197,8 +208,9 @@ class Process:
                 return
             looked = now
             while waiting and time.perf_counter() - looked < LOOK_S:
-                self._write_one(matchers, rows, waiting.pop()[1])
-            keys = matchers.advance(*rows.told())
+                key = waiting.pop()[1]
+                if key in matchers:
+                    self._write_one(matchers, rows, key)
 
     def _write_one(self, matchers: Matchers, rows: Rows, key: int) -> None:
         row = matchers.row(key)

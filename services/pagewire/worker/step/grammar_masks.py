@@ -213,6 +213,7 @@ class GrammarMasks:
     def _receive(self) -> None:
         self._pool.receive()
         self._take()
+        self._pool.look()
 
     def _wait(self, seconds: float) -> None:
         self._pool.wait(seconds)

@@ -191,15 +191,19 @@ class MatcherPool:
             if matcher.process is None and matcher.streams:
                 self._restart(matcher)
         self._receive(0.0)
+        ready = self._ready_matchers()
+        if len(ready) > max(1, self._num_ready):
+            self._spread(ready)
+        self._num_ready = len(ready)
+
+    def look(self) -> None:
+        """End processes that hang. Once the masks that have come are taken: it may have been long
+        since anybody looked."""
         if (now := self._clock()) >= self._next_look:
             self._next_look = now + LOOK_EVERY_S
             for matcher in self.matchers:
                 matcher.look()
                 self._note_openings(matcher)
-        ready = self._ready_matchers()
-        if len(ready) > max(1, self._num_ready):
-            self._spread(ready)
-        self._num_ready = len(ready)
 
     def _receive(self, seconds: float) -> None:
         matcher_of: dict[Any, Matcher] = {
