@@ -1,6 +1,8 @@
 """The matcher process as a worker's end of it speaks to it: by messages, and in the memory that both
 have."""
 
+import os
+import resource
 import time
 from collections.abc import Iterator
 
@@ -17,6 +19,8 @@ VOCAB, EOS = 49152, (2, 0)
 A, B, C = 81, 82, 83
 """The tokens of these letters."""
 WAIT_S = 60.0
+FD_SETSIZE = 1024
+"""Of the C library: `select` takes no descriptors from here on."""
 
 
 class Worker:
@@ -106,3 +110,27 @@ def test_a_token_for_another_place_or_stream_changes_nothing(worker: Worker) -> 
     worker.tell(1, 2, 0, A)
     assert B in worker.mask(1, 2, 1)
     assert worker.shared.positions[0, 0] == 0
+
+
+@pytest.mark.skipif(
+    resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 2 * FD_SETSIZE, reason="few files may be open"
+)
+def test_a_service_may_have_many_files_open() -> None:
+    """Descriptors of sockets are then larger than select takes, on both sides."""
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(FD_SETSIZE)]
+    try:
+        worker = Worker()
+    finally:
+        for file in files:
+            os.close(file)
+    try:
+        assert worker.process.fileno() >= FD_SETSIZE
+        worker.send(Open(1, 0, GRAMMAR, b""))
+        while not worker.process.is_ready:
+            assert worker.process.wait(WAIT_S)
+            worker.process.receive()
+        assert A in worker.mask(0, 1, 0)
+        worker.tell(0, 1, 0, A)
+        assert B in worker.mask(0, 1, 1)
+    finally:
+        worker.process.close()

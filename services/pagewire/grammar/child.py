@@ -133,7 +133,23 @@ class MatcherProcess:
 def wait_for_any(processes: Sequence[MatcherProcess], seconds: float) -> list[MatcherProcess]:
     """Until one of them has something to be received, or so long; those that have."""
     writes = [process for process in processes if process.sends]
-    readable, writable, _ = select.select(processes, writes, [], max(0.0, seconds))
+    try:
+        readable, writable, _ = select.select(processes, writes, [], max(0.0, seconds))
+    except ValueError:  # some descriptor is too large for it
+        return _polled(processes, seconds)
     for process in writable:
         process.flush()
     return readable
+
+
+def _polled(processes: Sequence[MatcherProcess], seconds: float) -> list[MatcherProcess]:
+    """Where `select` cannot be asked, whose waits are more precise: poll knows milliseconds."""
+    poll = select.poll()
+    for process in processes:
+        poll.register(process, select.POLLIN | (select.POLLOUT if process.sends else 0))
+    events = dict(poll.poll(1000 * max(0.0, seconds)))
+    happened = [(process, events.get(process.fileno(), 0)) for process in processes]
+    for process, event in happened:
+        if event & select.POLLOUT:
+            process.flush()
+    return [process for process, event in happened if event & ~select.POLLOUT]

@@ -89,22 +89,24 @@ class Process:
         self._pool = ThreadPoolExecutor(COMPILING, thread_name_prefix="compile")
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
+        self._poll = select.poll()  # it takes any descriptor, and this one's is its parent's
+        self._poll.register(service, select.POLLIN)
+        self._poll.register(self._woken, select.POLLIN)
 
     def serve(self) -> None:
         """Until the socket ends."""
         while True:
-            self._hear(None)
+            self._hear(wait=True)
             if self._matchers is not None and self._rows is not None:
                 self._write(self._matchers, self._rows)
 
-    def _hear(self, seconds: float | None) -> None:
-        """Take what the service says and what has been compiled, once there is some; wait for it so
-        long at most, None: for ever."""
-        ready = select.select([self._service, self._woken], [], [], seconds)[0]
-        if self._woken in ready:
+    def _hear(self, wait: bool) -> None:
+        """Take what the service says and what has been compiled; `wait` until there is some."""
+        ready = [fileno for fileno, _ in self._poll.poll(None if wait else 0)]
+        if self._woken.fileno() in ready:
             self._woken.recv(4096)
             self._take_compiled()
-        if self._service in ready:
+        if self._service.fileno() in ready:
             frames = self._reader.read()
             if frames is None:
                 os._exit(0)
@@ -196,7 +198,7 @@ class Process:
         while True:
             now = time.perf_counter()
             if now - heard >= HEAR_S:
-                self._hear(0.0)
+                self._hear(wait=False)
                 heard = now
             keys = [key for key in self._opened if key in matchers]  # some may have been closed
             keys += matchers.advance(*rows.told())
