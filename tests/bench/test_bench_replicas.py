@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from pagewire.launch import serve, stack
 from pagewire.offline import settings
+from pagewire.process import processors
 
 
 @pytest.mark.parametrize(
@@ -28,21 +29,17 @@ def test_several_only_where_cores_are_left(
 
 
 def test_flags_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stack, "cores", lambda: 16)
+    monkeypatch.setattr(processors, "usable", lambda: 16)
     config = serve.parse(["--device", "cuda", "--num-frontends", "1"])
     assert (config.num_frontends, config.num_tokenizers, config.num_workers) == (1, 2, 1)
     assert "2 tokenizer(s), on 16 cores" in serve.service_counts(config)
 
 
 def test_the_choice_is_not_mentioned_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stack, "cores", lambda: 2)
+    monkeypatch.setattr(processors, "usable", lambda: 2)
     config = serve.parse(["--device", "cuda"])
     assert (config.num_frontends, config.num_tokenizers) == (1, 1)
     assert serve.service_counts(config) == ""
-
-
-def test_cores_are_at_least_one() -> None:
-    assert stack.cores() >= 1
 
 
 @pytest.fixture

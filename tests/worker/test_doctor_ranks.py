@@ -175,7 +175,7 @@ def test_stages_of_one_rank_need_less_of_a_connection() -> None:
 
 
 def test_ranks_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_ranks.stack, "cores", lambda: 8)
+    monkeypatch.setattr(doctor_ranks.processors, "usable", lambda: 8)
     assert doctor_ranks.check_places(ON_CPU, probe(H100)) == (
         "ok",
         "2 processes with 4 thread(s) each on 8 core(s), connected by gloo: slower than one process with all cores",
@@ -185,13 +185,13 @@ def test_ranks_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_all_ranks_of_all_stages_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_ranks.stack, "cores", lambda: 4)
+    monkeypatch.setattr(doctor_ranks.processors, "usable", lambda: 4)
     assert doctor_ranks.check_places(STAGES_ON_CPU, probe(H100)) == (
         "ok",
         "4 processes, 2 stages of 2 rank(s), with 1 thread(s) each on 4 core(s), connected by gloo: "
         "one request at a time is slower than one process with all cores",
     )
-    monkeypatch.setattr(doctor_ranks.stack, "cores", lambda: 3)
+    monkeypatch.setattr(doctor_ranks.processors, "usable", lambda: 3)
     assert doctor_ranks.check_places(STAGES_ON_CPU, probe())[0] == "note"
 
 

@@ -18,6 +18,7 @@ import msgspec
 from ..config import ModelConfig, SchedulerConfig, WorkerConfig
 from ..hub import huggingface
 from ..launch import stack
+from ..process import processors
 from ..worker.device.gpu_kinds import check_alike
 from ..worker.device.gpus import GIB, Connection, Gpu, GpuProbe, NoUsableGpu, check
 from ..worker.load import early
@@ -101,7 +102,7 @@ def check_places(worker: WorkerConfig, probe: GpuProbe) -> Result:
 def _on_cpus(worker: WorkerConfig) -> Result:
     size = worker.world_size
     stages = worker.pipeline_parallel_size
-    cores = stack.cores()
+    cores = processors.usable()
     each = worker.threads or max(1, cores // size)
     processes = f"{size} processes"
     slower = "slower than one process with all cores"

@@ -27,6 +27,7 @@ from ..config import (
     variable_of,
 )
 from ..frontend.auth import KEYS_VARIABLE
+from ..process import processors
 from . import stack
 from .vllm_compat import ALIASES, FOREIGN, Refused, judge_all
 
@@ -168,7 +169,7 @@ def configure(
                 setattr(options, name, positive(text))
             except argparse.ArgumentTypeError as error:
                 return parser.error(f"{variable_of(name)}: {error}")
-    usual = (*stack.replicas(stack.cores(), worker.device, stack.has_gpu()), 1)
+    usual = (*stack.replicas(processors.usable(), worker.device, stack.has_gpu()), 1)
     counts = {
         name: getattr(options, name, default) for name, default in zip(REPLICAS, usual, strict=True)
     }

@@ -23,7 +23,7 @@ from ..frontend.auth import configured_keys
 from ..frontend.cors import cors_of
 from ..frontend.tls import context_of
 from ..hub import huggingface
-from ..process import signals
+from ..process import processors, signals
 from ..process.announce import Announcer
 from ..process.listening import listening_socket
 from ..process.parent import REASON_IN_OUTPUT, how_it_ended
@@ -186,7 +186,7 @@ def service_counts(config: stack.StackConfig) -> str:
     """How many frontends and tokenizers there are, where there are several."""
     if config.num_frontends == config.num_tokenizers == 1:
         return ""
-    return f" with {config.num_frontends} frontend(s) and {config.num_tokenizers} tokenizer(s), on {stack.cores()} cores"
+    return f" with {config.num_frontends} frontend(s) and {config.num_tokenizers} tokenizer(s), on {processors.usable()} cores"
 
 
 def invitation(config: stack.StackConfig) -> str:

@@ -62,16 +62,6 @@ def replicas(cores: int, device: str, has_gpu: bool) -> tuple[int, int]:
     return min(4, cores // 4), 2
 
 
-def cores() -> int:
-    """Those that this process may use: its affinity, or its control group's quota if that is
-    less."""
-    count = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        count = min(count, max(1, int(quota) // int(period)))
-    return count
-
-
 def has_gpu() -> bool:
     """Whether a driver for NVIDIA's GPUs is loaded; asking torch would take seconds."""
     return Path("/dev/nvidiactl").exists()

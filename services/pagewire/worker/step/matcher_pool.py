@@ -6,7 +6,6 @@ that has many streams gets another one beside it, and streams are spread over th
 """
 
 import itertools
-import os
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from ...grammar.child import wait_for_any
 from ...grammar.messages import Start, mask_words
 from ...grammar.shared import NO_POSITION, SharedMasks
+from ...process import processors
 from ...process.timers import sleep_precisely
 from .matched_stream import Ints, Stream
 from .matcher import NOTHING_OWED, Matcher, StartProcess
@@ -234,4 +234,4 @@ class MatcherPool:
 
 def max_matchers() -> int:
     """Of a worker, on this machine."""
-    return max(1, min(MAX_MATCHERS, len(os.sched_getaffinity(0))))
+    return max(1, min(MAX_MATCHERS, processors.usable()))
