@@ -65,13 +65,15 @@ def matcher(args: argparse.Namespace) -> None:
     keys = list(range(args.rows))
     for key in keys:
         matchers.open(key, key, grammar, [])
-    matchers.fill(keys)
+    for key in keys:
+        matchers.write(key)
     random = np.random.default_rng(0)
     taken: list[float] = []
     for _ in range(WARM_UP + args.steps):
         tokens = any_tokens(masks, random).tolist()
         began = time.perf_counter()
-        matchers.fill(matchers.advance(keys, tokens))
+        for key in matchers.advance(keys, tokens):
+            matchers.write(key)
         taken.append(1000 * (time.perf_counter() - began))
     print(f"{args.rows} rows a process: {summary(taken[WARM_UP:])}")
 

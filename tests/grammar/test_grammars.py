@@ -205,15 +205,15 @@ def test_an_output_is_free_up_to_the_text_after_which_a_grammar_begins(bench: Be
     matchers, masks = matchers_of(bench, 2)
     grammar = schema(PERSON, after="</think>")
     matchers.open(7, 1, grammar, bench.ids("Hm, a < b"))
-    matchers.fill([7])
+    assert not matchers.write(7)
     assert len(allowed(masks, 1)) == 49152 - 2 and not {0, 2} & set(allowed(masks, 1).tolist())
     rest = [*bench.ids(" so </thi"), *bench.ids("nk>")]
     matchers.advance([7] * len(rest), rest)
-    filled, positions, failed = matchers.fill([7])
-    assert (filled, positions, failed) == ([7], [len(bench.ids("Hm, a < b")) + len(rest)], {})
+    assert not matchers.write(7)
+    assert matchers.position(7) == len(bench.ids("Hm, a < b")) + len(rest)
     assert {bench.vocabulary.raw[token] for token in allowed(masks, 1)} == {b"{", b'{"'}
     matchers.advance([7] * 6, bench.ids('{"a":12}'))
-    matchers.fill([7])
+    assert not matchers.write(7)
     assert allowed(masks, 1).tolist() == [0, 2] and not masks[0].any()
 
 
@@ -227,8 +227,8 @@ def test_walks_by_masks_are_valid_and_can_be_taken_up_anywhere(bench: Bench, row
         matchers.open(key, rows - 1 - key, grammar, [])
     live = list(outputs)
     while live:
-        _, positions, failed = matchers.fill(live)
-        assert not failed and positions == [len(outputs[key]) for key in live]
+        assert not any(map(matchers.write, live))
+        assert [matchers.position(key) for key in live] == [len(outputs[key]) for key in live]
         drawn = {key: make.choice(allowed(masks, rows - 1 - key).tolist()) for key in live}
         # Digits may go on for ever.
         for key in live:

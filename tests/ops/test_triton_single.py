@@ -38,13 +38,7 @@ FAMILIES = [
 def test_one_row(family: dict[str, Any], rounding: str) -> None:
     # codes come in spans of 64 inputs
     arch = describe({**COMMON, **family, "intermediate_size": 128 if rounding else 112})
-    ops = backend("cuda")
-    build = Build(ops, torch.float32, "cpu")
-    if rounding:
-        assert ops.quantized is not None
-        method = QuantizedMethod(ops, ops.quantized, torch.float32, "cpu", ROUNDINGS[rounding])
-        build = Build(ops, torch.float32, "cpu", lambda names: method)
-    decoder = loaded(arch, build)
+    decoder = loaded(arch, build_for(rounding))
     assert len(decoder._singles) == 2
     (single, plain), (ours, theirs) = both_ways(decoder, torch.float32)
     assert torch.allclose(single, plain, atol=1e-4)
@@ -76,15 +70,20 @@ def test_attention_reads_ahead_unless_large_matrices_are_read_around_it(
         "decode_attention",
         lambda *given, reads_ahead, **named: told.append(reads_ahead) or plain(*given, **named),
     )
-    ops = backend("cuda")
-    build = Build(ops, torch.float32, "cpu")
-    if rounding:
-        assert ops.quantized is not None
-        method = QuantizedMethod(ops, ops.quantized, torch.float32, "cpu", ROUNDINGS[rounding])
-        build = Build(ops, torch.float32, "cpu", lambda names: method)
-    decoder = loaded(describe({**COMMON, **family, "intermediate_size": 128}), build)
+    arch = describe({**COMMON, **family, "intermediate_size": 128})
+    decoder = loaded(arch, build_for(rounding))
     both_ways(decoder, torch.float32)
     assert set(told) == {expected}
+
+
+def build_for(rounding: str) -> Build:
+    """In float32; with matrices that are rounded so, where it is not empty."""
+    ops = backend("cuda")
+    if not rounding:
+        return Build(ops, torch.float32, "cpu")
+    assert ops.quantized is not None
+    method = QuantizedMethod(ops, ops.quantized, torch.float32, "cpu", ROUNDINGS[rounding])
+    return Build(ops, torch.float32, "cpu", lambda names: method)
 
 
 def loaded(arch: Architecture, build: Build) -> Decoder:

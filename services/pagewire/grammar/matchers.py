@@ -109,13 +109,6 @@ class Matchers:
         else:
             stream.matcher.consume_token(token)
 
-    def fill(self, keys: list[int]) -> tuple[list[int], list[int], dict[int, str]]:
-        """Write the masks of these open requests. Returns the keys that have one, the output
-        positions that they are for, and by key why others have none."""
-        failed = {key: why for key in keys if (why := self.write(key))}
-        filled = [key for key in keys if key not in failed]
-        return filled, [self.position(key) for key in filled], failed
-
     def write(self, key: int) -> str:
         """The mask of this open request. Returns why there is none, and it is open no longer then;
         empty: there is one."""

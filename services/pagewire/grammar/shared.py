@@ -3,8 +3,8 @@ have: to pack and unpack messages for each process would take longer than masks 
 
 A worker writes the token of each stream into its slot's columns, and then sends `Look` to the
 processes concerned. A process writes its masks, and then the positions that they are for, at which
-the worker looks: it reads a position first and what belongs to it afterwards. x86-64 keeps both
-orders.
+the worker looks: it reads a position first and what belongs to it afterwards, and so does a process
+with what it is told.
 
 Rows are the worker's slots. Each process has masks and columns of its own, and each opening of a
 stream has a key of its own, so what a process says too late is for nobody.
@@ -18,6 +18,8 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pagewire.process.fence import fence
 
 LINE: Final = 64
 """Bytes of a cache line, of which no two columns share one."""
@@ -80,6 +82,7 @@ class SharedMasks:
         """The next tokens [R] of the streams `keys` [R] in `rows` [R], whose places in their outputs
         are `positions` [R]."""
         self.told_tokens[rows] = tokens
+        fence()
         self.told_positions[rows] = positions
         self.told_keys[rows] = keys
 
@@ -127,6 +130,7 @@ class Rows:
         shared = self._shared
         new = (shared.told_keys[rows] == keys) & (shared.told_positions[rows] == self._next[rows])
         rows = rows[new]
+        fence()
         self._next[rows] = NO_POSITION  # until its mask has been written
         return keys[new].tolist(), shared.told_tokens[rows].tolist()
 
@@ -138,4 +142,5 @@ class Rows:
             shared.forced_counts[process, row] = len(forced)
             shared.forced[process, row, : len(forced)] = forced
         self._next[row] = position
+        fence()
         shared.positions[process, row] = position

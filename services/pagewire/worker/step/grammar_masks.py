@@ -159,7 +159,11 @@ class GrammarMasks:
         # While the matchers compute.
         for slot, token in zip(slots.tolist(), tokens.tolist(), strict=True):
             self._streams[slot].output.append(token)
-        for slot in slots[held & ~told].tolist():
+        self._open_again(slots[held & ~told])
+
+    def _open_again(self, slots: Ints) -> None:
+        """Their matchers hear all of the output once more."""
+        for slot in slots.tolist():
             self._pool.open_again(self._streams[slot])
 
     def _say_forced(self, stream: Stream, token: int) -> None:

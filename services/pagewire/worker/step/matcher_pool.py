@@ -17,6 +17,7 @@ from ...grammar.child import wait_for_any
 from ...grammar.messages import Start, mask_words
 from ...grammar.shared import NO_POSITION, SharedMasks
 from ...process import processors
+from ...process.fence import fence
 from ...process.timers import sleep_precisely
 from .matched_stream import Ints, Stream
 from .matcher import NOTHING_OWED, Matcher, StartProcess
@@ -148,7 +149,9 @@ class MatcherPool:
         shared = self._shared
         openings = self._opening_of[slots]
         own = (at != NO_MATCHER) & (openings != 0) & (shared.keys[at, slots] == openings)
-        return np.where(own, shared.positions[at, slots], NO_POSITION)
+        positions = np.where(own, shared.positions[at, slots], NO_POSITION)
+        fence()  # masks are read behind it
+        return positions
 
     def masks(self, slots: Ints) -> NDArray[np.uint32]:
         """[R, words]: of `slots` [R], for which there are some."""
@@ -181,7 +184,8 @@ class MatcherPool:
         if any(matcher.process is not None for matcher in self.matchers):
             self._receive(seconds)
             return
-        due = min(matcher.next_start for matcher in self.matchers)
+        wanted = (matcher.next_start for matcher in self.matchers if matcher.streams)
+        due = min(wanted, default=self._clock() + seconds)
         self._sleep(min(seconds, max(0.0, due - self._clock())))
         self.receive()
 

@@ -115,3 +115,6 @@ class FollowingMasks(GrammarMasks):
 
     def _match(self, stream: Stream) -> None:
         """Rank 0 does."""
+
+    def _open_again(self, slots: Ints) -> None:
+        """Rank 0 does."""
