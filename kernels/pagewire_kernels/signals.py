@@ -85,7 +85,7 @@ def end_generation(control, generation, PROGRAMS: tl.constexpr):
 
 
 @triton.jit
-def _now():
+def now():
     """Nanoseconds."""
     return tl.inline_asm_elementwise(
         "mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1
@@ -97,7 +97,7 @@ def _gives_up(since, peer, control, report, OPERATION: tl.constexpr, SIZE: tl.co
     """Whether a wait that began at `since` must end. The first one to reach the limit says so; those
     after it don't wait again, so that what has been launched ends soon."""
     failed = tl.load(control + FAILED, volatile=True)
-    late = _now() - since > tl.load(control + LIMIT, volatile=True)
+    late = now() - since > tl.load(control + LIMIT, volatile=True)
     if late & (failed == 0):
         code = failed + (peer + 1 + OPERATION * (SIZE + 1))
         tl.store(control + FAILED, code)
@@ -136,7 +136,7 @@ def wait(peers, rank, generation, control, report, OPERATION: tl.constexpr, PHAS
     pads = own + (PHASE * PROGRAMS + tl.program_id(0)) * SIZE
     missing = _first_missing(pads, generation, SIZE, PAD)
     if missing < SIZE:
-        since = _now()
+        since = now()
         polls = 0
         while missing < SIZE:
             polls += 1
@@ -170,7 +170,7 @@ def arrived(at, inside, generation, peer, control, report, OPERATION: tl.constex
     value = tl.load(at, mask=inside, other=0, volatile=True)
     behind = _behind(value, inside, generation)
     if behind > 0:
-        since = _now()
+        since = now()
         polls = 0
         while behind > 0:
             polls += 1

@@ -1,6 +1,7 @@
 """Rows whose tokens nothing constrains but a grammar, sampled once more from a step's logits: one
 copy to the device, of masks and sampling parameters together, and one launch (three where some row
-has top-k, top-p or min-p). Masks are put into pinned memory as they come, while others are waited
+has top-k, top-p or min-p). For models over several ranks, which must agree on the rows that are late;
+else awaited_sampling.py. Masks are put into pinned memory as they come, while others are waited
 for.
 
 No CUDA graph: a graph reads logits at one place, and each captured step has its own, so that there
@@ -17,7 +18,7 @@ from torch import Tensor, empty, uint8
 
 from ...grammar.messages import mask_words
 from ..step.grammar_masks import GrammarMasks
-from ..step.slots import Bools, Ints, Slots
+from ..step.slots import Ints, Slots
 from .staging import Uploads
 
 SampleMasked = Callable[[Tensor, MaskedSamplingRows, Tensor, Tensor], None]
@@ -59,10 +60,6 @@ class MaskedSampling:
         self._held: dict[tuple[int, bool], MaskedSamplingRows] = {}
         """Views of the device's memory: by how many rows, and whether some are filtered."""
         self._positions = here.sampling.positions.numpy()
-
-    def covers(self, slots: Ints) -> Bools:
-        """[R]: which of `slots` [R] are sampled here, log-probabilities apart."""
-        return self._slots.grammar_only[slots]
 
     def run(self, logits: Tensor, slots: Ints, rows: Ints, sampled_tokens: Tensor) -> None:
         """Sample rows `rows` [G] of logits [R, V], which belong to the slots `slots` [G] and whose

@@ -1,12 +1,13 @@
 """Rows that ask for more than the captured step does: penalties, constraints, log-probabilities.
 They are sampled once more, eagerly, from the step's logits, and the result replaces what the graph
-wrote; those that have a grammar and nothing else, by MaskedSampling. Batches without such rows pay
+wrote; those that have a grammar and nothing else, by AwaitedSampling or MaskedSampling. Batches without such rows pay
 one look at a column. Knows no CUDA: plain torch and injected kernels, so that it runs on any
 device.
 
 Output tokens are counted on the device, since the host learns them too late for the next step.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
@@ -33,8 +34,11 @@ from ..step.logprobs import (
     token_logprobs,
 )
 from ..step.slots import Bools, Ints, Slots
+from .awaited_sampling import AwaitedSampling
 from .masked_sampling import MaskedSampling, SampleMasked
 from .staging import Uploads
+
+log = logging.getLogger("pagewire.worker")
 
 
 @dataclass
@@ -101,7 +105,9 @@ class ExtraSampling:
         uploads: Uploads,
         masks: GrammarMasks,
         kernels: Kernels = KERNELS,
+        awaited: AwaitedSampling | None = None,
     ) -> None:
+        """awaited: where the device takes masks itself."""
         self._vocab_size = loaded.decoder.arch.vocab_size
         self._dtype = loaded.dtype
         self._slots = slots
@@ -119,9 +125,11 @@ class ExtraSampling:
             kernels.apply_token_masks,
         )
         self._masks = masks
-        self._masked = MaskedSampling(
+        self._awaited = awaited
+        self._make_masked = lambda: MaskedSampling(
             slots, state, uploads, masks, self._vocab_size, kernels.sample_masked
         )
+        self._masked = None if awaited is not None else self._make_masked()
         self.host_known_len = np.zeros(slots.count, np.int64)
         """How many tokens of each slot the host knows: those it was admitted with."""
         self._output_counts: Tensor | None = None
@@ -146,7 +154,31 @@ class ExtraSampling:
         self._kernels.count_tokens(row.int(), slot.int(), slot.int())
         words = torch.zeros(1, mask_words(self._vocab_size), dtype=torch.int32, device=self._device)
         self._kernels.apply_token_masks(row, slot, words)
-        self._masked.warm_up(row.to(self._dtype))
+        for sampling_of in (self._awaited, self._masked):
+            if sampling_of is not None:
+                sampling_of.warm_up(row.to(self._dtype))
+
+    def check(self) -> None:
+        """Once all is compiled: whether the device sees the masks that it is to take itself. Where it
+        does not, the host brings them."""
+        if self._awaited is None or self._awaited.reads(self._masks.shared):
+            return
+        log.warning("the GPU does not see what matcher processes write: the host brings masks")
+        self._awaited = None
+        self._masked = self._make_masked()
+        self._masked.warm_up(torch.zeros(1, self._vocab_size, device=self._device).to(self._dtype))
+
+    def awaits(self, slots: Ints) -> Bools:
+        """[R]: for which of `slots` [R] the device takes masks itself, so that it turns out with the
+        step's tokens which of them were late."""
+        if self._awaited is None or not self._masks.any:
+            return np.zeros(len(slots), np.bool_)
+        return self._slots.grammar_only[slots]
+
+    def begin(self, slots: Ints) -> None:
+        """Before a step that samples `slots` [R] is computed."""
+        if self._awaited is not None and self.awaits(slots).any():
+            self._awaited.begin()
 
     def admit(self, new: Ints) -> None:
         """The slots `new` [N] hold new requests."""
@@ -201,12 +233,12 @@ class ExtraSampling:
         extra = columns.needs_extra[slots] if ready is None else columns.needs_extra[slots] & ready
         if not extra.any():
             return logprobs
-        masked = self._masked.covers(slots) & extra
+        masked = columns.grammar_only[slots] & extra
         if masked.any():
             # One that has failed brings no token: what the step has sampled will do.
             rows = np.flatnonzero(masked & ~self._masks.failed(slots))
             if len(rows):
-                self._masked.run(logits, slots[rows], rows, sampled_tokens)
+                self._sample_masked(logits, slots, rows, sampled_tokens)
         others = extra & ~masked
         if others.any():
             self._resample_others(logits, slots, others, sampled_tokens)
@@ -218,6 +250,17 @@ class ExtraSampling:
             logits, sampled_tokens, wanted, columns.logprobs[slots[wanted]]
         )
         return logprobs
+
+    def _sample_masked(
+        self, logits: Tensor, slots: Ints, rows: Ints, sampled_tokens: Tensor
+    ) -> None:
+        """The rows `rows` of the step, which have a grammar and nothing else."""
+        if self._masked is not None:
+            self._masked.run(logits, slots[rows], rows, sampled_tokens)
+        elif self._awaited is not None:
+            # Where nobody in the step goes without a mask, nobody is held up.
+            patient = bool(self._masks.concerns(slots).all())
+            self._awaited.run(logits, slots[rows], rows, sampled_tokens, patient)
 
     def _resample_others(
         self, logits: Tensor, slots: Ints, others: Bools, sampled_tokens: Tensor

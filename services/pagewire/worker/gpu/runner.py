@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from msgspec.structs import astuple, replace
-from pagewire_kernels import cuda, cuda_quantized
+from pagewire_kernels import cuda, cuda_quantized, masked_sampling
+from pagewire_kernels.awaited_masks import LATE
 from pagewire_kernels.communicator import CheckedCommunicator
 from pagewire_kernels.slot_state import SlotState
 from pagewire_protocol.agreed import GRAMMAR_FAILED
@@ -33,6 +34,7 @@ from ..step.grammar_masks import GrammarMasks, Keys
 from ..step.rank_masks import MakeMasks
 from ..step.slots import Bools, Ints, Slots
 from . import first_start, gemm_autotune, step_cost, verify_hopper
+from .awaited_sampling import AwaitedSampling, is_readable
 from .decode_graphs import Decoded, DecodeGraphs
 from .mixed_steps import MixedSteps
 from .resample import ExtraSampling, StepLogprobs
@@ -62,7 +64,7 @@ class StepObserver(Protocol):
 class GpuStep:
     """The handle of a launched step, of the rows that sample: `slots` [S]. sampled_tokens int32 is
     pinned memory, whose first S entries mean something once `event` has happened: a token each, -1
-    where logits were not finite."""
+    where logits were not finite, LATE where the device had no mask."""
 
     step: Step
     incarnation: Incarnation
@@ -71,11 +73,14 @@ class GpuStep:
     event: torch.cuda.Event
     logprobs: StepLogprobs | None
     ready: Bools | None = None
-    """[S]: which rows have a token; None: each. The masks of the others were not there."""
+    """[S]: which rows have a token, as far as the host decides it; None: each. The masks of the
+    others were not there."""
     failed: Bools | None = None
     """[S]: which rows' grammars cannot be held any further; None: none."""
     communicator: CheckedCommunicator | None = None
     """To the other ranks, where its operations may fail unseen."""
+    learn: Callable[[], None] | None = None
+    """Called before the result is given away, where the device has decided which rows are late."""
 
     def done(self) -> bool:
         """Raises RuntimeError when the GPU has failed, and CommunicatorFailed when another rank
@@ -87,16 +92,19 @@ class GpuStep:
 
     def result(self) -> StepResult:
         """See runners.StepHandle."""
+        if self.learn is not None:
+            self.learn()
         tokens = self.sampled_tokens.numpy()[: len(self.slots)]
         flags = (tokens < 0).view(np.uint8)
         if self.failed is not None:
             flags[self.failed] = GRAMMAR_FAILED
         brought = np.where(tokens < 0, 0, tokens).astype(np.int32)
         counts = b""
-        if self.ready is not None:
-            brought = brought[self.ready]
-            flags[~self.ready] = 0
-            counts = self.ready.astype(np.int32).tobytes()
+        ready = self.have_tokens()
+        if ready is not None:
+            brought = brought[ready]
+            flags[~ready] = 0
+            counts = ready.astype(np.int32).tobytes()
         return StepResult(
             self.step.epoch,
             self.incarnation,
@@ -104,10 +112,17 @@ class GpuStep:
             self.slots.tobytes(),
             brought.tobytes(),
             flags.tobytes(),
-            self.logprobs.columns(tokens, self.ready) if self.logprobs else None,
+            self.logprobs.columns(tokens, ready) if self.logprobs else None,
             self.logprobs.prompt_logprobs() if self.logprobs else (),
             counts,
         )
+
+    def have_tokens(self) -> Bools | None:
+        """[S], once it is done: which rows have a token; None: each."""
+        on_time = self.sampled_tokens.numpy()[: len(self.slots)] != LATE
+        if on_time.all():
+            return self.ready
+        return on_time if self.ready is None else on_time & self.ready
 
 
 class LaunchedRun(NamedTuple):
@@ -124,13 +139,11 @@ class LaunchedRun(NamedTuple):
 
 
 class GrammarRows(NamedTuple):
-    """The rows [G] of a step in flight that have grammars: the streams that they belong to and the
-    positions of their tokens, in prompt and output together."""
+    """The rows [G] of a step in flight that have grammars, and the streams that they belong to."""
 
     handle: GpuStep
     rows: Ints
     keys: Keys
-    positions: Ints
 
 
 @dataclass
@@ -222,6 +235,11 @@ def _allocate(
         most_tokens = max(loaded.on_gpu.step_tokens, 2 * slots.count)
         stage = StagePart(loaded, ranks, most_tokens)
     buffers = RING + ranks.stage.count - 1
+    awaited = None
+    if ranks.size == 1 and is_readable(masks.shared):
+        awaited = AwaitedSampling(
+            slots, state, uploads, masks, vocab_size, masked_sampling.sample_masked
+        )
     return GpuParts(
         loaded,
         slots,
@@ -229,7 +247,7 @@ def _allocate(
         uploads,
         DecodeGraphs(loaded, state, slots.count, eager, cascade, pool, stage),
         MixedSteps(loaded, slots, state, uploads, eager, cascade, pool, stage),
-        ExtraSampling(loaded, slots, state, uploads, masks),
+        ExtraSampling(loaded, slots, state, uploads, masks, awaited=awaited),
         masks,
         [torch.empty(slots.count, dtype=torch.int32, pin_memory=True) for _ in range(buffers)],
         stage,
@@ -327,6 +345,7 @@ def _capture(parts: GpuParts, progress: weights.Progress) -> None:
     parts.graphs.capture_all(lambda fraction: progress("capturing decode steps", fraction))
     if parts.stage is None or parts.stage.is_last:
         parts.extra.warm_up()
+        parts.extra.check()
 
 
 def _log_outcome(loaded: loader.Loaded, cost: StepCost) -> None:
@@ -375,7 +394,10 @@ class GpuRunner:
         self._late: Ints = np.zeros(0, np.int64)
         """Slots whose masks the step that is being launched goes without."""
         self._unlearned: deque[GrammarRows] = deque()
-        """Steps in flight whose tokens the grammars have not been told."""
+        """Steps in flight whose tokens the grammars have not been told. Until then, slots count a
+        token of each of these rows, though some may turn out to be late."""
+        self._num_known = np.zeros(self._slots.count, np.int64)
+        """By slot with a grammar: how many of its tokens the host knows."""
         self._cost = cost
         self._incarnation = incarnation
         self._observers = observers
@@ -426,6 +448,10 @@ class GpuRunner:
             self._masks.follow(step)
             # Before `take`: a request begins on the device where it begins on the host.
             self._mirror(step)
+            if self._unlearned and not self._slots.decode(slots, counts):
+                # Steps with prompts are computed by the host's numbers.
+                self._learn(wait=True)
+                self._meanwhile()
             rows = self._applier.take(slots, counts)
             run = self._run(rows, step.shared)
             sampled_slots = slots[rows.sampling]
@@ -448,40 +474,64 @@ class GpuRunner:
             concerned &= handle.ready
         rows = np.flatnonzero(concerned)
         if len(rows):
-            positions = self._slots.num_tokens[slots[rows]] - 1
-            keys = self._masks.keys(slots[rows])
-            self._unlearned.append(GrammarRows(handle, rows, keys, positions))
+            if self._extra.awaits(slots[rows]).any():
+                handle.learn = self._learn
+            self._unlearned.append(GrammarRows(handle, rows, self._masks.keys(slots[rows])))
 
-    def _learn(self, wait: bool) -> None:
+    def _learn(self, wait: bool = False) -> None:
         """Tell the grammars the tokens of steps that are done; with `wait`, of all steps."""
+        has_learned = False
         while self._unlearned and (wait or self._unlearned[0].handle.event.query()):
             part = self._unlearned.popleft()
             part.handle.event.synchronize()
-            tokens = part.handle.sampled_tokens.numpy()[part.rows]
-            finite = tokens >= 0
-            slots = part.handle.slots[part.rows]
-            current = finite & (self._masks.keys(slots) == part.keys)
-            self._slots.tokens[slots[current], part.positions[current]] = tokens[current]
-            self._masks.append(part.keys[finite], tokens[finite])
+            self._learn_from(part)
+            has_learned = True
+        if has_learned:
+            self._masks.look()
+
+    def _learn_from(self, part: GrammarRows) -> None:
+        tokens = part.handle.sampled_tokens.numpy()[part.rows]
+        slots = part.handle.slots[part.rows]
+        current = self._masks.keys(slots) == part.keys
+        late = slots[current & (tokens == LATE)]
+        if len(late):
+            self._slots.num_tokens[late] -= 1
+            self._slots.hold_back(late)
+        finite = tokens >= 0
+        known = slots[current & finite]
+        self._slots.tokens[known, self._num_known[known]] = tokens[current & finite]
+        self._num_known[known] += 1
+        self._masks.append(part.keys[finite], tokens[finite])
 
     def _ready(self, slots: Ints) -> Bools | None:
-        """[S]: which of `slots` [S], whose logits are being computed, can be sampled; None: each.
-        Those with grammars need the tokens of the steps before, for which this waits: the device
-        computes meanwhile."""
-        if not self._masks.any or not self._masks.concerns(slots).any():
+        """[S]: which of `slots` [S], whose logits are being computed, can be sampled as far as the
+        host decides it; None: each. Those with grammars need the tokens of the steps before, for
+        which this waits: the device computes meanwhile."""
+        if not self._masks.any:
             return None
-        computed = torch.cuda.Event()
-        computed.record()
+        concerned = self._masks.concerns(slots)
+        decided = concerned & ~self._extra.awaits(slots)
+        if not decided.any():
+            if not self._unlearned and concerned.all():
+                # What comes next would be nothing but the same step again.
+                self._wait_for_masks(slots)
+            return None
         self._learn(wait=True)
-        self._meanwhile()
-        positions = self._slots.num_output_tokens(slots)
-        ready = self._masks.ready(slots, positions, computed.query)
+        ready = self._wait_for_masks(slots) | ~decided
         if ready.all():
             return None
         late = slots[~ready]
         self._slots.hold_back(late)
         self._late = late
         return ready
+
+    def _wait_for_masks(self, slots: Ints) -> Bools:
+        """[S]: for which of `slots` [S] there are masks, or need be none. Waits a little."""
+        computed = torch.cuda.Event()
+        computed.record()
+        self._meanwhile()
+        positions = self._slots.num_output_tokens(slots)
+        return self._masks.ready(slots, positions, computed.query)
 
     def _hold_back(self, slots: Ints) -> None:
         """What the step's kernels have said of `slots` [N] does not count: their next step computes
@@ -548,6 +598,7 @@ class GpuRunner:
         state.num_computed[index] = ints[1]
         state.sampling_params[index] = up(slots.sampling_params[new])
         state.seeds[index] = up(slots.seed[new])
+        self._num_known[new] = slots.num_tokens[new]
         self._admit_extra(new)
 
     def _admit_extra(self, new: Ints) -> None:
@@ -561,6 +612,7 @@ class GpuRunner:
         return self._run_mixed(rows, shared)
 
     def _decode(self, slots: Ints, shared: Shared | None) -> LaunchedRun:
+        self._extra.begin(slots)
         decoded = self._replay(slots, shared, bool(self._slots.filtered[slots].any()))
         ready = self._ready(slots)
         logprobs = self._extra.resample(decoded.logits, slots, decoded.sampled_tokens, ready=ready)
@@ -579,9 +631,10 @@ class GpuRunner:
 
     def _run_mixed(self, rows: StepRows, shared: Shared | None) -> LaunchedRun:
         logprobs = StepLogprobs()
-        hook = self._extra.prompt_hook(rows.slots, rows.first, rows.end, logprobs)
-        decoded = self._mixed.run(rows, self._extra.host_known_len, shared, hook)
         sampled_slots = rows.slots[rows.sampling]
+        hook = self._extra.prompt_hook(rows.slots, rows.first, rows.end, logprobs)
+        self._extra.begin(sampled_slots)
+        decoded = self._mixed.run(rows, self._extra.host_known_len, shared, hook)
         if not len(sampled_slots):
             return LaunchedRun(None, logprobs)
         ready = self._ready(sampled_slots)

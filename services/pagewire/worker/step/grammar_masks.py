@@ -22,6 +22,7 @@ from pagewire_protocol.messages import Step
 from ...config import ModelConfig
 from ...grammar.child import MatcherProcess
 from ...grammar.messages import Start
+from ...grammar.shared import NO_POSITION, SharedMasks, tag_of
 from .mask_mirror import MaskMirror
 from .matched_stream import Ints, Keys, Stream, key_for, slots_of
 from .matcher import StartProcess
@@ -141,6 +142,7 @@ class GrammarMasks:
     def append(self, keys: Keys, tokens: NDArray[np.int32]) -> None:
         """`tokens` [R] were sampled for the streams `keys` [R]; those that are over are passed
         over."""
+        self._take()  # a device may have taken masks that nobody has looked at here
         slots = slots_of(keys)
         wanted = (self._key_of[slots] == keys) & (keys != NO_KEY)
         forced = wanted & (self._forced[slots] != NO_TOKEN)
@@ -213,6 +215,26 @@ class GrammarMasks:
         return runs
 
     # --- masks ---
+
+    @property
+    def shared(self) -> SharedMasks:
+        """What matcher processes write masks to."""
+        return self._pool.shared
+
+    def tags(self, slots: Ints) -> tuple[Ints, Ints, Ints]:
+        """Three int64 [R], of `slots` [R]: what their masks' tags begin with, and the addresses of
+        these tags and masks; an address is 0 where no matcher has the stream now."""
+        places, openings = self._pool.place_of[slots], self._pool.openings(slots)
+        shared = self._pool.shared
+        has = (places >= 0) & (openings != 0)
+        keys = tag_of(openings, np.full(len(slots), NO_POSITION)).view(np.int64)
+        places = np.maximum(places, 0)
+        return keys, np.where(has, shared.tag_addresses(places), 0), shared.mask_addresses(places)
+
+    def look(self) -> None:
+        """Take what matchers have said, and the masks that are there."""
+        if self._streams:
+            self._receive()
 
     def _receive(self) -> None:
         self._pool.receive()

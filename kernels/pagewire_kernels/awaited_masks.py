@@ -1,0 +1,256 @@
+"""Masks of tokens that other processes write into memory of the host while a step is computed: the
+device takes them when the step's logits are there, so that nobody who launches steps has to wait.
+
+Of each row a tag, one word in that memory, says whose mask there is and for which position; it is
+written after the mask. A row whose mask is not there in time is late: it gets no token, and its slot
+is put back to where it was before the step. `begin` comes before what computes the step, `take`
+behind it; `masked_sampling.sample_masked` samples from what was taken, and `settle` comes last.
+"""
+
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
+# Launch options and values inside a kernel have types that only Triton's compiler knows.
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .masked_sampling import ALIGNED, MaskedSamplingRows
+from .sampling_map import PARAMETERS, SamplingRows
+from .signals import now
+from .slot_state import SlotState
+
+LATE: Final = -2
+"""In place of a token."""
+NOWHERE: Final = 0
+"""The address of the tag of a row for which no mask can come: it is late at once."""
+BLOCK: Final = 2048
+"""Words of a mask that are copied together."""
+SLOTS: Final = 1024
+"""That `begin` and `settle` look at together."""
+
+
+@dataclass
+class AwaitedRows:
+    """G rows of a step. rows, slots, prompt_lens int32 [G]: which rows of the logits they are,
+    whose, and how many tokens of each slot are prompt. tag_keys, tag_at, mask_at int64 [G]: the upper
+    half of the tag that each wants (NO_TAG: none), the address of its tag in the host's memory, and
+    that of its mask. values float32 [PARAMETERS, G], seeds int64 [G]: sampling parameters."""
+
+    rows: Tensor
+    slots: Tensor
+    prompt_lens: Tensor
+    tag_keys: Tensor
+    tag_at: Tensor
+    mask_at: Tensor
+    seeds: Tensor
+    values: Tensor
+
+    @classmethod
+    def num_bytes(cls, most: int) -> int:
+        """Of memory for `most` rows."""
+        return sum(_aligned(rows * most * dtype.itemsize) for dtype, rows in _COLUMNS)
+
+    @classmethod
+    def views(cls, memory: Tensor, most: int) -> "AwaitedRows":
+        """The parts of `memory`, uint8 of num_bytes(most) on any device."""
+        at = 0
+        parts: list[Tensor] = []
+        for dtype, rows in _COLUMNS:
+            size = rows * most * dtype.itemsize
+            parts.append(memory[at : at + size].view(dtype).view(rows, most))
+            at += _aligned(size)
+        longs, values, ints = parts
+        return cls(*ints.unbind(0), *longs.unbind(0), values)
+
+
+_COLUMNS: Final = ((torch.int64, 4), (torch.float32, len(PARAMETERS)), (torch.int32, 3))
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
+
+
+@dataclass
+class TakenMasks:
+    """What the device keeps for steps of at most M rows, of S slots. words int32 [M, W]: masks, of
+    which the first num_words, ceil(V / 32), count; W is a multiple of 16. positions int64 [M]: of the
+    tokens that are computed; late int32 [M]: 1 where there is no mask; order int32 [M]: 0 to M - 1.
+    kept_token int32 [S]: the slots' last tokens before the step. clock int64 [2]: when the step
+    began, in nanoseconds, and how many masks have been taken."""
+
+    words: Tensor
+    num_words: int
+    positions: Tensor
+    late: Tensor
+    order: Tensor
+    kept_token: Tensor
+    clock: Tensor
+
+    @classmethod
+    def empty(cls, most: int, words: int, state: SlotState) -> "TakenMasks":
+        """For steps of `most` rows and masks of `words` words, on the device of `state`."""
+        device = state.last_token.device
+        return cls(
+            torch.full((most, -(-words // 16) * 16), -1, dtype=torch.int32, device=device),
+            words,
+            torch.zeros(most, dtype=torch.int64, device=device),
+            torch.zeros(most, dtype=torch.int32, device=device),
+            torch.arange(most, dtype=torch.int32, device=device),
+            torch.zeros_like(state.last_token),
+            torch.zeros(2, dtype=torch.int64, device=device),
+        )
+
+    def sampled(self, awaited: AwaitedRows, count: int, filtered: bool) -> MaskedSamplingRows:
+        """The first `count` rows as they are sampled; filtered: some restrict the vocabulary."""
+        return MaskedSamplingRows(
+            awaited.rows[:count],
+            awaited.slots[:count],
+            self.order[:count],
+            self.words,
+            SamplingRows(
+                awaited.values[:, :count],
+                awaited.seeds[:count],
+                self.positions[:count],
+                filtered,
+            ),
+        )
+
+
+@triton.jit
+def _acquired(address, ON_DEVICE: tl.constexpr):
+    """The word at `address` of the host's memory; what was written before it is seen after it."""
+    if ON_DEVICE:
+        word = tl.inline_asm_elementwise(
+            "ld.acquire.sys.global.b64 $0, [$1];",
+            "=l,l",
+            [address],
+            dtype=tl.int64,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        word = tl.load(address.to(tl.pointer_type(tl.int64)), volatile=True)
+    return word
+
+
+@triton.jit
+def _nap():
+    """A microsecond or so, between two looks over the bus."""
+    tl.inline_asm_elementwise(
+        "nanosleep.u32 1000; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _ordered():
+    """What was read before is read before what follows."""
+    tl.inline_asm_elementwise(
+        "fence.acq_rel.sys; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _begin(last_token, kept_token, clock, slots, BLOCK: tl.constexpr, ON_DEVICE: tl.constexpr):
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = slot < slots
+    tl.store(kept_token + slot, tl.load(last_token + slot, mask=inside, other=0), mask=inside)
+    if tl.program_id(0) == 0:
+        if ON_DEVICE:
+            tl.store(clock, now())
+        tl.store(clock + 1, tl.full([], 0, tl.int64))
+
+
+@triton.jit
+def _take(slots, prompt_lens, tag_keys, tag_at, mask_at, num_computed, words, positions, late, clock, num_words,
+          stride, BLOCK: tl.constexpr, PATIENT: tl.constexpr, ON_DEVICE: tl.constexpr):  # fmt: skip
+    """One warp a row: threads that saw different tags could not go on together."""
+    row = tl.program_id(0).to(tl.int64)
+    rows = tl.num_programs(0)
+    computed = tl.load(num_computed + tl.load(slots + row).to(tl.int64))
+    tl.store(positions + row, (computed - 1).to(tl.int64))
+    key = tl.load(tag_keys + row)
+    tag = key | (computed - tl.load(prompt_lens + row) + 1).to(tl.int64)
+    address = tl.load(tag_at + row)
+    there = tl.full([], 0, tl.int1)
+    if address != 0:
+        there = _acquired(address, ON_DEVICE) == tag
+        if PATIENT and ON_DEVICE:
+            began = now()
+            computing = began - tl.load(clock)
+            waits = there == 0
+            while waits:
+                _nap()
+                there = _acquired(address, ON_DEVICE) == tag
+                # As long as it would take to compute the rows that are missing once more.
+                missing = rows - tl.load(clock + 1, volatile=True)
+                waits = (there == 0) & ((now() - began) * rows < computing * missing)
+    own = tl.multiple_of(words + row * stride, 16)
+    end = tl.cdiv(num_words, 4) * 4
+    if there:
+        if PATIENT and ON_DEVICE:
+            tl.atomic_add(clock + 1, tl.full([], 1, tl.int64))
+        mask = tl.multiple_of(tl.load(mask_at + row).to(tl.pointer_type(tl.int32)), 16)
+        for start in range(0, end, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            inside = i < end
+            tl.store(own + i, tl.load(mask + i, mask=inside, other=0, volatile=True), mask=inside)
+        if ON_DEVICE:
+            _ordered()
+        # The stream may have gone elsewhere meanwhile, and another one have its place.
+        there = _acquired(address, ON_DEVICE) == tag
+    if there == 0:
+        for start in range(0, end, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            tl.store(own + i, tl.full([BLOCK], -1, tl.int32), mask=i < end)
+    tl.store(late + row, 1 - there.to(tl.int32))
+
+
+@triton.jit
+def _settle(rows, slots, late, kept_token, last_token, num_computed, sampled_tokens, count, LATE: tl.constexpr,
+            BLOCK: tl.constexpr):  # fmt: skip
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_late = tl.load(late + i, mask=i < count, other=0) != 0
+    slot = tl.load(slots + i, mask=is_late, other=0).to(tl.int64)
+    row = tl.load(rows + i, mask=is_late, other=0).to(tl.int64)
+    tl.store(last_token + slot, tl.load(kept_token + slot, mask=is_late, other=0), mask=is_late)
+    computed = tl.load(num_computed + slot, mask=is_late, other=0)
+    tl.store(num_computed + slot, computed - 1, mask=is_late)
+    tl.store(sampled_tokens + row, tl.full([BLOCK], LATE, tl.int32), mask=is_late)
+
+
+def begin(state: SlotState, taken: TakenMasks) -> None:
+    """Before a step with awaited rows is computed: keep what `settle` may have to put back."""
+    slots = state.last_token.shape[0]
+    _begin[(triton.cdiv(slots, SLOTS),)](
+        state.last_token, taken.kept_token, taken.clock, slots, BLOCK=SLOTS, ON_DEVICE=state.last_token.is_cuda
+    )  # fmt: skip
+
+
+def take(
+    awaited: AwaitedRows, count: int, patient: bool, state: SlotState, taken: TakenMasks
+) -> None:
+    """The masks of the first `count` of `awaited`, whose logits are there and whose slots count what
+    the step has computed. Those that are not there are late; patient: they are waited for, as long as
+    it would take to compute so many rows again."""
+    _take[(count,)](awaited.slots, awaited.prompt_lens, awaited.tag_keys, awaited.tag_at, awaited.mask_at,
+        state.num_computed, taken.words, taken.positions, taken.late, taken.clock, taken.num_words,
+        taken.words.stride(0), BLOCK=BLOCK, PATIENT=patient, ON_DEVICE=state.last_token.is_cuda, num_warps=1)  # fmt: skip
+
+
+def settle(
+    awaited: AwaitedRows,
+    count: int,
+    state: SlotState,
+    taken: TakenMasks,
+    sampled_tokens: Tensor,
+) -> None:
+    """Of the first `count` of `awaited`, those that are late get LATE in sampled_tokens int32 [R],
+    the last token that their slots had, and one computed token less."""
+    _settle[(triton.cdiv(count, SLOTS),)](
+        awaited.rows, awaited.slots, taken.late, taken.kept_token, state.last_token, state.num_computed, sampled_tokens,
+        count, LATE=LATE, BLOCK=SLOTS
+    )  # fmt: skip

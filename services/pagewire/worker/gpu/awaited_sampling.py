@@ -1,0 +1,145 @@
+"""Rows whose tokens nothing constrains but a grammar, sampled once more from a step's logits under
+masks that the device takes itself, out of the memory that matcher processes write them to
+(grammar/shared.py): a step is launched before its masks are there, and the host hears with its
+tokens which rows were late.
+
+Of a worker with one rank; over several, rank 0 decides which rows are late (masked_sampling.py).
+"""
+
+import contextlib
+import logging
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from pagewire_kernels import awaited_masks
+from pagewire_kernels.awaited_masks import NOWHERE, AwaitedRows, TakenMasks
+from pagewire_kernels.slot_state import SlotState
+from torch import Tensor
+
+from ...grammar.messages import mask_words
+from ...grammar.shared import SharedMasks
+from ..step.grammar_masks import GrammarMasks
+from ..step.slots import Ints, Slots
+from .masked_sampling import SampleMasked
+from .staging import Uploads
+
+log = logging.getLogger("pagewire.worker")
+
+
+class Columns(NamedTuple):
+    """AwaitedRows as arrays of NumPy."""
+
+    rows: Ints
+    slots: Ints
+    prompt_lens: Ints
+    tag_keys: Ints
+    tag_at: Ints
+    mask_at: Ints
+    seeds: Ints
+    values: np.ndarray
+
+
+class AwaitedSampling:
+    """For the slots of one runner, whose masks are `masks`, in memory that the device can read."""
+
+    def __init__(
+        self,
+        slots: Slots,
+        state: SlotState,
+        uploads: Uploads,
+        masks: GrammarMasks,
+        vocab_size: int,
+        sample: SampleMasked,
+    ) -> None:
+        most = slots.count
+        self._slots = slots
+        self._state = state
+        self._up = uploads.up
+        self._masks = masks
+        self._sample = sample
+        host = torch.zeros(AwaitedRows.num_bytes(most), dtype=torch.uint8)
+        here = AwaitedRows.views(host, most)
+        self._host = host.numpy()
+        self._columns = Columns(*(getattr(here, name).numpy() for name in Columns._fields))
+        self._memory = torch.zeros_like(host, device=state.last_token.device)
+        self._there = AwaitedRows.views(self._memory, most)
+        self._taken = TakenMasks.empty(most, mask_words(vocab_size), state)
+
+    def begin(self) -> None:
+        """Before a step with such rows is computed."""
+        awaited_masks.begin(self._state, self._taken)
+
+    def run(
+        self, logits: Tensor, slots: Ints, rows: Ints, sampled_tokens: Tensor, patient: bool
+    ) -> None:
+        """Sample rows `rows` [G] of logits [R, V], which belong to the slots `slots` [G].
+        sampled_tokens int32 [R] and the slots' last tokens are overwritten; rows without a mask get
+        LATE, and their slots are as they were before `begin`. patient: they wait a little for
+        theirs."""
+        count = len(slots)
+        here, columns = self._columns, self._slots
+        here.rows[:count] = rows
+        here.slots[:count] = slots
+        here.prompt_lens[:count] = columns.num_prompt_tokens[slots]
+        here.tag_keys[:count], here.tag_at[:count], here.mask_at[:count] = self._masks.tags(slots)
+        here.seeds[:count] = columns.seed[slots]
+        here.values[:, :count] = columns.sampling_params[slots].T
+        self._up(self._host, out=self._memory)
+        self._launch(logits, count, bool(columns.filtered[slots].any()), patient, sampled_tokens)
+
+    def _launch(
+        self, logits: Tensor, count: int, filtered: bool, patient: bool, sampled_tokens: Tensor
+    ) -> None:
+        awaited, state, taken = self._there, self._state, self._taken
+        awaited_masks.take(awaited, count, patient, state, taken)
+        held = taken.sampled(awaited, count, filtered)
+        self._sample(logits, held, state.last_token, sampled_tokens)
+        awaited_masks.settle(awaited, count, state, taken, sampled_tokens)
+
+    def warm_up(self, logits: Tensor) -> None:
+        """Compile and load what `run` launches, for all numbers of rows. logits [1, V]: of the
+        dtype that steps have. It is done with the last slot, which takes what padding writes."""
+        self._memory.zero_()
+        self._there.slots.fill_(len(self._state.last_token) - 1)
+        sampled_tokens = self._state.last_token.new_empty(1)
+        count = 1
+        while True:
+            for filtered in (False, True):
+                self.begin()
+                self._launch(logits, count, filtered, not filtered, sampled_tokens)
+            if count == self._slots.count:
+                break
+            count = min(2 * count, self._slots.count)
+        self._state.num_computed[-1] = 0
+
+    def reads(self, shared: SharedMasks) -> bool:
+        """Whether the device sees what is written there. Before any process writes."""
+        self._memory.zero_()
+        columns = self._columns
+        columns.slots[0] = len(self._state.last_token) - 1
+        columns.tag_keys[0] = 1 << 32
+        columns.tag_at[0] = shared.tag_addresses(np.zeros(1, np.int64))[0]
+        columns.mask_at[0] = shared.mask_addresses(np.zeros(1, np.int64))[0]
+        self._up(self._host, out=self._memory)
+        shared.tags[0] = 1 << 32 | 1
+        awaited_masks.take(self._there, 1, False, self._state, self._taken)
+        is_late = bool(self._taken.late[0])
+        shared.tags[0] = NOWHERE
+        return not is_late
+
+
+def is_readable(shared: SharedMasks) -> bool:
+    """The device is given that memory to read; whether it could be."""
+    cudart = torch.cuda.cudart()
+    error = cudart.cudaHostRegister(shared.address, shared.nbytes, 0)
+    if error == cudart.cudaError.success:
+        return True
+    log.warning(
+        "the GPU cannot read the memory that masks of grammars are written to (CUDA error %d); the "
+        "host brings them",
+        int(error),
+    )
+    with contextlib.suppress(RuntimeError):  # the error is said once more, by what comes next
+        torch.zeros(1, device="cuda")
+    return False
