@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pagewire.worker.gpu.awaited_sampling import AwaitedSampling
 from pagewire.worker.gpu.decode_graphs import DecodeGraphs
 from pagewire.worker.gpu.mixed_steps import MixedSteps
 from pagewire.worker.gpu.resample import ExtraSampling
@@ -14,6 +15,7 @@ from pagewire.worker.gpu.stage_part import StagePart
 from pagewire.worker.load.loader import Loaded
 from pagewire.worker.step.grammar_masks import GrammarMasks
 from pagewire.worker.step.slots import Slots
+from pagewire_kernels.masked_sampling import sample_masked
 from pagewire_kernels.slot_state import SlotState
 
 
@@ -51,13 +53,42 @@ class Event:
         assert self._recorded
 
 
+class SlowEvent(Event):
+    """Not seen to have happened before `LOOKS` more looks at any of them, or until it is waited
+    for."""
+
+    LOOKS = 5
+    looks = 0
+
+    def record(self) -> None:
+        super().record()
+        self._at = SlowEvent.looks + self.LOOKS
+
+    def query(self) -> bool:
+        SlowEvent.looks += 1
+        return self._recorded and SlowEvent.looks >= self._at
+
+    def synchronize(self) -> None:
+        super().synchronize()
+        self._at = 0
+
+
 def parts(
-    loaded: Loaded, count: int, masks: GrammarMasks, stage: StagePart | None = None
+    loaded: Loaded,
+    count: int,
+    masks: GrammarMasks,
+    stage: StagePart | None = None,
+    awaits: bool = False,
 ) -> GpuParts:
-    """Of a model on the CPU, with `count` slots. Nothing is captured."""
+    """Of a model on the CPU, with `count` slots. Nothing is captured. awaits: the device takes masks
+    itself."""
     slots = Slots(count, loaded.sizing.max_model_len, loaded.sizing.block_size)
     state = SlotState.empty(count + 1, slots.tables.shape[1], "cpu")
     uploads: Any = Uploads()
+    awaited = None
+    if awaits:
+        vocab_size = loaded.decoder.arch.vocab_size
+        awaited = AwaitedSampling(slots, state, uploads, masks, vocab_size, sample_masked)
     eager: Any = {"eager": True, "cascade": False, "pool": None, "stage": stage}
     return GpuParts(
         loaded,
@@ -66,7 +97,7 @@ def parts(
         uploads,
         DecodeGraphs(loaded, state, count, **eager),
         MixedSteps(loaded, slots, state, uploads, **eager),
-        ExtraSampling(loaded, slots, state, uploads, masks),
+        ExtraSampling(loaded, slots, state, uploads, masks, awaited=awaited),
         masks,
         [torch.empty(count, dtype=torch.int32) for _ in range(RING)],
         stage,

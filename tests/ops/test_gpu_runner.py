@@ -65,14 +65,16 @@ def path(tmp_path_factory):
 
 @pytest.fixture
 def on_gpu(path, monkeypatch):
-    """make(observers) -> a GpuRunner, eager, whose device is the CPU."""
+    """make(observers) -> a GpuRunner, eager, whose device is the CPU. awaits: the device takes masks
+    itself."""
     monkeypatch.setattr(gpu_runner.torch.cuda, "Event", gpu_on_cpu.Event)
 
-    def make(*observers: Any, masks: GrammarMasks | None = None) -> GpuRunner:
+    def make(
+        *observers: Any, masks: GrammarMasks | None = None, awaits: bool = True
+    ) -> GpuRunner:
         loaded = loader.load(path, ModelConfig(), CONFIG, lambda stage, fraction: None)
-        parts = gpu_on_cpu.parts(
-            loaded, SLOTS, masks or GrammarMasks(SLOTS, ModelConfig(), 300, (2,))
-        )
+        masks = masks or GrammarMasks(SLOTS, ModelConfig(), 300, (2,))
+        parts = gpu_on_cpu.parts(loaded, SLOTS, masks, awaits=awaits)
         return GpuRunner(parts, StepCost(1.0, 0.0, 0.0), 7, list(observers))
 
     return make
@@ -277,16 +279,72 @@ def test_rows_with_grammars_get_the_cpu_runners_tokens_and_the_others_what_they_
     assert wanted_logprobs == wanted[4]
     for runner, ahead in (
         (_cpu_runner(path, Room(SLOTS, 300, late, 1).masks), 0),
-        (on_gpu(masks=Room(SLOTS, 300, late, 2).masks), 0),
-        (on_gpu(masks=Room(SLOTS, 300, late, 3).masks), 3),
+        (on_gpu(masks=Room(SLOTS, 300, late, 2).masks, awaits=False), 0),
+        (on_gpu(masks=Room(SLOTS, 300, late, 3).masks, awaits=False), 3),
+        (on_gpu(masks=Room(SLOTS, 300, late, 4).masks), 0),
+        (on_gpu(masks=Room(SLOTS, 300, late, 5).masks), 3),
     ):
         assert generate_by_grammars(runner, ahead) == (wanted, wanted_logprobs)
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")
+@pytest.mark.parametrize(("late", "admitted"), [(0.0, 0), (0.5, 0), (0.3, 2)])
+def test_rows_that_turn_out_to_be_late_with_later_steps_under_way_lose_nothing(
+    on_gpu, path, monkeypatch, late, admitted
+) -> None:
+    """Every row has a grammar and nothing else, tokens are seen steps after they were sampled, and
+    prompts come between."""
+    monkeypatch.setattr(gpu_runner.torch.cuda, "Event", gpu_on_cpu.SlowEvent)
+    wanted = tokens_by_grammars(_cpu_runner(path, Room(SLOTS, 300).masks), 0, admitted)
+    masks = Room(SLOTS, 300, late, 6).masks
+    runner = on_gpu(masks=masks)
+    assert tokens_by_grammars(runner, 4, admitted) == wanted
+
+
+def tokens_by_grammars(runner: Any, ahead: int, later: int) -> list[list[int]]:
+    """COUNT tokens or more of each slot, all of which have a grammar and nothing else; the last
+    `later` ones begin in a step of their own, some steps after the others."""
+    make = np.random.default_rng(7)
+    free = list(range(BLOCKS))
+    admit = []
+    for slot in range(SLOTS):
+        prompt = make.integers(3, 300, 3 + 4 * slot).tolist()
+        blocks = pack("i", [free.pop() for _ in range(15)])
+        sampling = Sampling(seed=slot, max_tokens=99, temperature=0.7 * (slot % 3))
+        admit.append(
+            Admission(
+                slot, slot, pack("i", prompt), b"", blocks, 0, sampling, grammar=grammar(str(slot))
+            )
+        )
+    lengths = [3 + 4 * slot for slot in range(SLOTS)]
+    begins = [0 if slot < SLOTS - later else 6 + slot for slot in range(SLOTS)]
+    out: list[list[int]] = [[] for _ in admit]
+    in_flight: deque[Any] = deque()
+    n = 0
+    while any(len(tokens) < COUNT for tokens in out):
+        rows = [slot for slot in range(SLOTS) if begins[slot] <= n]
+        counts = [lengths[slot] if begins[slot] == n else 1 for slot in rows]
+        new = tuple(admit[slot] for slot in rows if begins[slot] == n)
+        columns = {"run_slots": pack("i", rows), "run_counts": pack("i", counts)}
+        in_flight.append(runner.launch(Step(1, n, admit=new, **columns)))
+        n += 1
+        while len(in_flight) > ahead:
+            handle = in_flight.popleft()
+            handle.event.synchronize() if hasattr(handle, "event") else None
+            result = handle.result()
+            slots = unpack("i", result.slots).tolist()
+            brought = unpack("i", result.counts).tolist() if result.counts else [1] * len(slots)
+            tokens = iter(unpack("i", result.tokens).tolist())
+            for slot, count in zip(slots, brought, strict=True):
+                if count:
+                    out[slot].append(next(tokens))
+    return [tokens[:COUNT] for tokens in out]
 
 
 def test_results_may_leave_before_masks_are_waited_for(on_gpu) -> None:
     """When the tokens of the step before are known."""
     room = Room(SLOTS, 300)
-    runner = on_gpu(masks=room.masks)
+    runner = on_gpu(masks=room.masks, awaits=False)
     seen: list[str] = []
     handles: list[Any] = []
 

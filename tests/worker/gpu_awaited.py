@@ -148,7 +148,9 @@ def flips(words: int) -> str:
         found, bad = step.faults(keys.astype(np.int64))
         taken, wrong, rounds = taken + found, wrong + bad, rounds + 1
     writer.close()
-    print(f"{words} words: {taken} masks of {rounds * PLACES} taken while they changed, {wrong} wrong")
+    print(
+        f"{words} words: {taken} masks of {rounds * PLACES} taken while they changed, {wrong} wrong"
+    )
     return "" if taken and not wrong else "masks that change"
 
 
@@ -185,7 +187,9 @@ def waits(words: int, patient: bool) -> str:
         and (computed == np.where(late, -1, 0)).all()
     )
     writer.close()
-    print(f"{words} words, {patient=}: {int(late.sum())} of {PLACES} late, {wrong} wrong, {settled=}")
+    print(
+        f"{words} words, {patient=}: {int(late.sum())} of {PLACES} late, {wrong} wrong, {settled=}"
+    )
     return "" if settled and not wrong else "waiting rows"
 
 
