@@ -169,7 +169,7 @@ class Checker:
         to find out. Raises MatcherGone."""
         if self._process is None:
             model = ModelConfig(model=str(demo_gguf()))
-            self._process = MatcherProcess(Start(model, 49152, EOS, 0))
+            self._process = MatcherProcess(Start(model, 49152, EOS))
             self._ask(Grammar(GrammarKind.REGEX, "a"))
         before = self._processor_s()
         message = self._ask(grammar)

@@ -12,7 +12,7 @@ from pagewire_protocol.grammar import Grammar, GrammarKind
 
 
 class Work:
-    """Both the matchers and the rows: `costs` by key, in seconds of the clock that stands still
+    """Both the matchers and the places: `costs` by key, in seconds of the clock that stands still
     otherwise; `news` by key of a mask, which streams are told a token while it is computed."""
 
     def __init__(self, costs: dict[int, float], news: dict[int, list[int]] | None = None) -> None:
@@ -37,7 +37,7 @@ class Work:
     def __contains__(self, key: int) -> bool:
         return key not in self.over
 
-    def row(self, key: int) -> int:
+    def place(self, key: int) -> int:
         return key
 
     def position(self, key: int) -> int:
@@ -54,7 +54,7 @@ class Work:
         return keys
 
     def write(self, *given: Any) -> str:
-        """Of matchers (key), or of rows (row, position, forced)."""
+        """Of matchers (key), or of places (key, place, position, forced)."""
         key = given[0]
         if len(given) > 1:
             self.written.append(key)
@@ -64,9 +64,9 @@ class Work:
         self.at.get(key, lambda: None)()
         return "it cannot be held" if key in self.fails else ""
 
-    def close(self, key: int, row: int | None = None) -> int | None:
-        """Of matchers (key), or of rows (key, row)."""
-        if row is None:
+    def close(self, key: int, place: int | None = None) -> int | None:
+        """Of matchers (key), or of places (key, place)."""
+        if place is None:
             self.over.add(key)
             return key
         self.closed.append(key)
@@ -82,7 +82,7 @@ def at_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setattr(process.time, "perf_counter", work.perf_counter)
         both: Any = work
         one._opened = keys
-        one._matchers = one._rows = both
+        one._matchers = one._places = both
         one._write(both, both)
         return work.written
 

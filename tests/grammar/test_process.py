@@ -11,7 +11,7 @@ import pytest
 from pagewire.config import ModelConfig
 from pagewire.grammar.child import MatcherProcess
 from pagewire.grammar.messages import Close, Open, Start, ToMatcher, mask_words
-from pagewire.grammar.shared import SharedMasks
+from pagewire.grammar.shared import SharedMasks, tag_of
 from pagewire.hub.huggingface import demo_gguf
 from pagewire_protocol.grammar import Grammar, GrammarKind
 
@@ -36,22 +36,23 @@ class Worker:
         for message in messages:
             self.process.send(message)
 
-    def tell(self, row: int, key: int, position: int, token: int) -> None:
+    def tell(self, place: int, key: int, position: int, token: int) -> None:
         """The next token of the stream `key`."""
-        rows, keys = np.array([row]), np.array([key], np.uint64)
-        self.shared.tell(rows, keys, np.array([position]), np.array([token], np.int32))
+        places, keys = np.array([place]), np.array([key], np.uint64)
+        self.shared.tell(places, keys, np.array([position]), np.array([token], np.int32))
         self.process.look()
 
-    def mask(self, row: int, key: int, position: int) -> list[int]:
-        """The tokens that the mask of `row` allows, once it is that of this stream and place."""
+    def mask(self, place: int, key: int, position: int) -> list[int]:
+        """The tokens that the mask of `place` allows, once it is that of this stream and
+        position."""
         end = time.monotonic() + WAIT_S
         while time.monotonic() < end:
             assert not self.process.receive(), "something failed"
-            if self.shared.keys[0, row] == key and self.shared.positions[0, row] == position:
-                bits = np.unpackbits(self.shared.masks[0, row].view(np.uint8), bitorder="little")
+            if self.shared.tags[place] == tag_of(key, position):
+                bits = np.unpackbits(self.shared.masks[place].view(np.uint8), bitorder="little")
                 return np.flatnonzero(bits).tolist()
             time.sleep(0.0001)
-        raise AssertionError(f"no mask of {key} for place {position} within {WAIT_S} s")
+        raise AssertionError(f"no mask of {key} for position {position} within {WAIT_S} s")
 
 
 @pytest.fixture
@@ -93,23 +94,23 @@ def test_a_stream_that_is_opened_again_is_as_the_newest_word_says(worker: Worker
     assert C in worker.mask(0, 2, 2)
 
 
-def test_a_row_has_one_stream_after_the_other(worker: Worker) -> None:
+def test_a_place_has_one_stream_after_the_other(worker: Worker) -> None:
     worker.send(Open(1, 0, GRAMMAR, b""), Close((1,)))
     worker.send(Open(2, 1, GRAMMAR, column(A)), Open(3, 0, GRAMMAR, b""))
     assert A in worker.mask(0, 3, 0) and B in worker.mask(1, 2, 1)
     worker.tell(1, 2, 1, B)
     assert C in worker.mask(1, 2, 2)
-    assert worker.shared.positions[0, 0] == 0
+    assert worker.shared.tags[0] == tag_of(3, 0)
 
 
-def test_a_token_for_another_place_or_stream_changes_nothing(worker: Worker) -> None:
+def test_a_token_for_another_position_or_stream_changes_nothing(worker: Worker) -> None:
     worker.send(Open(1, 0, GRAMMAR, b""), Open(2, 1, GRAMMAR, b""))
     assert A in worker.mask(0, 1, 0) and A in worker.mask(1, 2, 0)
-    worker.tell(0, 1, 1, B)  # a place too far
+    worker.tell(0, 1, 1, B)  # a position too far
     worker.tell(0, 7, 0, A)  # nobody's
     worker.tell(1, 2, 0, A)
     assert B in worker.mask(1, 2, 1)
-    assert worker.shared.positions[0, 0] == 0
+    assert worker.shared.tags[0] == tag_of(1, 0)
 
 
 @pytest.mark.skipif(

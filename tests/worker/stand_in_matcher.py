@@ -10,7 +10,7 @@ import numpy as np
 from pagewire.config import ModelConfig
 from pagewire.grammar.child import MatcherGone
 from pagewire.grammar.messages import Close, Failed, FromMatcher, Open, Start, ToMatcher
-from pagewire.grammar.shared import Rows, SharedMasks
+from pagewire.grammar.shared import Places, SharedMasks
 from pagewire.worker.step.grammar_masks import GrammarMasks
 from pagewire_protocol.grammar import Grammar, GrammarKind
 
@@ -38,7 +38,7 @@ class StandIn:
         self.is_ready = True
         self.ready_at = 0.0
         self.dead = False
-        self.rows = Rows(shared, start.index)
+        self.places = Places(shared, start.index)
         self.looked = 0
         """How often it was told something."""
         self._late = late
@@ -53,13 +53,13 @@ class StandIn:
             case Open():
                 output = np.frombuffer(message.output, np.int32).tolist()
                 self._streams[message.key] = message, output
-                self.rows.open(message.key, message.row)
+                self.places.open(message.key, message.place)
                 self._due.append(message.key)
             case Close():
                 for key in message.keys:
                     opened, _ = self._streams.pop(key, (None, None))
                     if opened is not None:
-                        self.rows.close(key, opened.row)
+                        self.places.close(key, opened.place)
             case _:
                 raise AssertionError(message)
 
@@ -69,7 +69,7 @@ class StandIn:
     def receive(self) -> list[FromMatcher]:
         if self.dead:
             raise MatcherGone("was killed by a test")
-        for key, token in zip(*self.rows.told(), strict=True):
+        for key, token in zip(*self.places.told(), strict=True):
             self._streams[key][1].append(token)
             self._due.append(key)
         waiting = [key for key in self._due if self._random.random() < self._late]
@@ -80,7 +80,7 @@ class StandIn:
             opened, output = self._streams[key]
             if opened.grammar.source == "impossible":
                 self._streams.pop(key)
-                self.rows.close(key, opened.row)
+                self.places.close(key, opened.place)
                 answers.append(Failed(key, "no token continues it"))
                 continue
             run: list[int] = []
@@ -91,15 +91,15 @@ class StandIn:
                 run += tokens
                 output += tokens
             self._write(opened, output)
-            self.rows.write(opened.row, len(output), run)
+            self.places.write(key, opened.place, len(output), run)
         self._due = waiting
         return answers
 
     def _write(self, opened: Open, output: list[int]) -> None:
-        masks = self.rows.masks
+        masks = self.places.masks
         bits = np.zeros(32 * masks.shape[1], np.uint8)
         bits[allowed(opened.grammar.source, output, self._vocab_size)] = 1
-        masks[opened.row] = np.packbits(bits, bitorder="little").view(np.uint32)
+        masks[opened.place] = np.packbits(bits, bitorder="little").view(np.uint32)
 
     sends = False
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pagewire.config import ModelConfig, SchedulerConfig, WorkerConfig
 from pagewire.grammar.messages import Close, FromMatcher, Start, ToMatcher
-from pagewire.grammar.shared import SharedMasks
+from pagewire.grammar.shared import NO_POSITION, SharedMasks, tag_of
 from pagewire.worker.fake import FakeRunner, chain
 from pagewire.worker.step import grammar_masks, matcher_pool
 from pagewire.worker.step.forced_runs import MAX_RUN
@@ -146,12 +146,17 @@ class Bench:
         self.step(retire, admit)
 
 
-@pytest.fixture(params=[1, 3], ids=["one matcher", "up to three"])
+@pytest.fixture(
+    params=[(1, SLOTS), (3, SLOTS), (3, SLOTS // 3)],
+    ids=["one matcher", "up to three", "up to three without a place to spare"],
+)
 def matchers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Another one for each two streams, as far as so many."""
+    most, places = request.param
     monkeypatch.setattr(matcher_pool, "CROWDED", 2)
-    monkeypatch.setattr(matcher_pool, "max_matchers", lambda: request.param)
-    return request.param
+    monkeypatch.setattr(matcher_pool, "max_matchers", lambda: most)
+    monkeypatch.setattr(matcher_pool, "num_places", lambda *_: places)
+    return most
 
 
 @pytest.mark.parametrize("late", [0.0, 0.9, 0.99])
@@ -234,6 +239,112 @@ def test_the_answer_of_a_matcher_that_a_stream_has_left_is_of_no_use(
     for slot, mask in enumerate(room.masks.rows(rows[0])):
         bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
         assert np.flatnonzero(bits).tolist() == allowed("abcd"[slot], [], VOCAB)
+
+
+# --- places ---
+
+
+def mask_of(room: Room, slot: int) -> list[int]:
+    """The tokens that it allows."""
+    mask = room.masks.rows(np.array([slot]))[0]
+    return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
+
+
+def admit(room: Room, source_of: dict[int, str]) -> None:
+    for slot, source in source_of.items():
+        room.masks.admit(slot, grammar(source), np.zeros(0, np.int32))
+
+
+def test_a_place_is_given_back_and_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matcher_pool, "max_matchers", lambda: 1)
+    room = Room(SLOTS, VOCAB)
+    pool = room.masks._pool
+    admit(room, {5: "a", 0: "b", 3: "c"})
+    assert pool.place_of.tolist() == [1, -1, -1, 2, -1, 0]
+    assert (pool.openings(np.arange(SLOTS)) > 0).tolist() == (pool.place_of >= 0).tolist()
+    room.masks.retire(0)
+    assert pool.openings(np.array([0])) == 0
+    for _ in range(3 * SLOTS):  # more often than there are places
+        admit(room, {1: "d"})
+        assert pool.place_of.tolist() == [-1, 1, -1, 2, -1, 0]
+        rows = np.array([1, 3, 5])
+        assert room.masks.ready(rows, np.zeros(3, np.int64)).all()
+        assert [mask_of(room, slot) for slot in rows] == [allowed(s, [], VOCAB) for s in "dca"]
+    room.masks.clear()
+    assert (pool.place_of == -1).all() and not pool.matchers[0].is_full
+    admit(room, dict(enumerate("abcdef")))
+    assert sorted(pool.place_of) == list(range(SLOTS)) and pool.matchers[0].is_full
+    assert room.masks.ready(np.arange(SLOTS), np.zeros(SLOTS, np.int64)).all()
+
+
+def test_more_streams_than_places_go_on_to_other_matchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To one more where those that there are have none, ready or not."""
+    monkeypatch.setattr(matcher_pool, "max_matchers", lambda: 3)
+    monkeypatch.setattr(matcher_pool, "num_places", lambda *_: 2)
+    room = Room(SLOTS, VOCAB)
+    pool = room.masks._pool
+    original = room._start
+
+    def start(message: Start, shared: SharedMasks) -> StandIn:
+        process = original(message, shared)
+        process.is_ready = False
+        return process
+
+    pool.start_process = start
+    admit(room, {0: "a", 1: "b", 2: "c"})
+    assert pool.place_of.tolist() == [0, 1, 2, -1, -1, -1]
+    room.processes[0].is_ready = True
+    room.masks.retire(1)
+    admit(room, {3: "d"})  # the first one is ready and has a place again
+    assert pool.place_of.tolist() == [0, -1, 2, 1, -1, -1]
+    admit(room, {4: "e", 5: "f", 1: "b"})  # the second one has, then only a third one
+    assert pool.place_of.tolist() == [0, 5, 2, 1, 3, 4]
+    assert [len(matcher.streams) for matcher in pool.matchers] == [2, 2, 2]
+    assert room.masks.ready(np.arange(SLOTS), np.zeros(SLOTS, np.int64)).all()
+    sources = "abcdef"
+    for slot, source in enumerate(sources):
+        assert mask_of(room, slot) == allowed(source, [], VOCAB)
+
+
+class Deaf(StandIn):
+    """Hears nothing before it `is_awake`, as one that computes."""
+
+    def __init__(self, start: Start, shared: SharedMasks) -> None:
+        super().__init__(start, shared)
+        self.is_awake = True
+        self._unheard: list[ToMatcher] = []
+
+    def send(self, message: ToMatcher) -> None:
+        self._unheard.append(message)
+
+    def receive(self) -> list[FromMatcher]:
+        while self.is_awake and self._unheard:
+            super().send(self._unheard.pop(0))
+        return super().receive()
+
+
+def test_a_mask_of_the_earlier_stream_of_a_place_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is there, for the position that is wanted, until the process has heard of the next one."""
+    monkeypatch.setattr(matcher_pool, "max_matchers", lambda: 1)
+    room = Room(SLOTS, VOCAB)
+    pool = room.masks._pool
+    processes: list[Deaf] = []
+    pool.start_process = lambda *given: processes.append(Deaf(*given)) or processes[-1]
+    rows = np.array([2]), np.array([0])
+    admit(room, {2: "a"})
+    assert room.masks.ready(*rows).all()
+    stale = pool.shared.tags[0]
+    assert stale == tag_of(pool.openings(rows[0]), rows[1])
+    processes[0].is_awake = False
+    admit(room, {2: "b"})
+    assert pool.place_of[2] == 0 and pool.shared.tags[0] == stale
+    assert not room.masks.ready(*rows).any()
+    assert pool.positions(rows[0]) == NO_POSITION
+    processes[0].is_awake = True
+    assert room.masks.ready(*rows).all()
+    assert mask_of(room, 2) == allowed("b", [], VOCAB)
 
 
 def test_a_process_hears_of_its_own_streams_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,9 +20,9 @@ Words = NDArray[np.uint32]
 class Stream:
     """One request."""
 
-    __slots__ = ("after", "cost", "forced", "matcher", "num_output", "row", "tail")
+    __slots__ = ("after", "cost", "forced", "matcher", "num_output", "place", "tail")
 
-    def __init__(self, matcher: LLMatcher, after: bytes, row: int) -> None:
+    def __init__(self, matcher: LLMatcher, after: bytes, place: int) -> None:
         self.matcher = matcher
         self.after = after
         """What must come before the constrained part; empty once it has come."""
@@ -31,16 +31,17 @@ class Stream:
         self.num_output = 0
         """The forced tokens are counted."""
         self.forced: list[int] = []
-        """The forced run before the position that the row's mask is for."""
-        self.row = row
+        """The forced run before the position that the mask is for."""
+        self.place = place
         self.cost = 0.0
         """Seconds that its last mask took."""
 
 
 class Matchers:
-    """All requests of one service, by their keys. `masks` [rows, words]: row i is written for the
-    request whose row that is. `max_forced`: where a grammar leaves a single token, that many in a
-    row at most are taken as if they had been sampled, and the mask is for what follows them."""
+    """All requests of one service, by their keys. `masks` [places, words]: mask i is written for
+    the request whose place that is. `max_forced`: where a grammar leaves a single token, that many
+    in a row at most are taken as if they had been sampled, and the mask is for what follows
+    them."""
 
     def __init__(
         self,
@@ -53,7 +54,8 @@ class Matchers:
         self._compiler = compiler
         self._masks = masks
         self._address = int(masks.ctypes.data)
-        self._row_bytes = masks[:1].nbytes
+        self._stride = masks.strides[0]
+        self._mask_bytes = masks[:1].nbytes
         self._max_forced = max_forced
         self._streams: dict[int, Stream] = {}
         self._free_mask = self._all_but_endings()
@@ -68,21 +70,21 @@ class Matchers:
     def __contains__(self, key: int) -> bool:
         return key in self._streams
 
-    def open(self, key: int, row: int, grammar: Grammar, output: list[int]) -> None:
+    def open(self, key: int, place: int, grammar: Grammar, output: list[int]) -> None:
         """A request with the output so far. Raises GrammarError."""
-        stream = Stream(self._compiler.matcher(grammar), grammar.after.encode(), row)
+        stream = Stream(self._compiler.matcher(grammar), grammar.after.encode(), place)
         self._streams[key] = stream
         for token in output:
             self._consume(stream, token)
 
     def close(self, key: int) -> int | None:
-        """The request is over. Returns its row; None for a key that is not open."""
+        """The request is over. Returns its place; None for a key that is not open."""
         stream = self._streams.pop(key, None)
-        return None if stream is None else stream.row
+        return None if stream is None else stream.place
 
-    def row(self, key: int) -> int:
+    def place(self, key: int) -> int:
         """Of a request that is open."""
-        return self._streams[key].row
+        return self._streams[key].place
 
     def advance(self, keys: list[int], tokens: list[int]) -> list[int]:
         """The next token of each; returns the keys that are open."""
@@ -114,14 +116,14 @@ class Matchers:
         empty: there is one."""
         stream = self._streams[key]
         if stream.after:
-            self._masks[stream.row] = self._free_mask
+            self._masks[stream.place] = self._free_mask
             return ""
         began = time.perf_counter()
         self._compute(stream)
         if self._max_forced:
             self._run_ahead(stream)
         stream.cost = time.perf_counter() - began
-        why = _why_none(stream.matcher, bool(self._masks[stream.row].any()))
+        why = _why_none(stream.matcher, bool(self._masks[stream.place].any()))
         if why:
             self.close(key)
         return why
@@ -135,15 +137,15 @@ class Matchers:
         return self._streams[key].cost
 
     def _compute(self, stream: Stream) -> None:
-        """Its row of the masks."""
-        address = self._address + stream.row * self._row_bytes
-        stream.matcher.unsafe_compute_mask_ptr(address, self._row_bytes)
+        """Its mask."""
+        address = self._address + stream.place * self._stride
+        stream.matcher.unsafe_compute_mask_ptr(address, self._mask_bytes)
 
     def _run_ahead(self, stream: Stream) -> None:
         """Take the tokens that are the only ones allowed. Those that end a text are sampled."""
         stream.forced = []
         while len(stream.forced) < self._max_forced:
-            token = only_token(self._masks[stream.row])
+            token = only_token(self._masks[stream.place])
             if token is None or token in self._vocabulary.eos:
                 return
             self._consume(stream, token)

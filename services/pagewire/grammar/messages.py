@@ -20,14 +20,14 @@ class Part(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Start(Part, frozen=True):
-    """The first one: what the process matches for. `rows`: slots of the worker, 0: it only checks.
+    """The first one: what the process matches for. `places`: of its streams, 0: it only checks.
     `max_forced`: most tokens of a forced run. `processes`: of the worker, of which this is number
     `index`."""
 
     model: ModelConfig
     vocab_size: int
     eos: tuple[int, ...]
-    rows: int
+    places: int = 0
     max_forced: int = 0
     processes: int = 1
     index: int = 0
@@ -41,11 +41,11 @@ class Check(Part, frozen=True):
 
 
 class Open(Part, frozen=True):
-    """A stream with the output so far (int32 column), whose masks go to `row` of shared.SharedMasks;
-    its tokens are told there. Answered there, or by Failed."""
+    """A stream with the output so far (int32 column), whose masks go to this place of the
+    process in shared.SharedMasks; its tokens are told there. Answered there, or by Failed."""
 
     key: int
-    row: int
+    place: int
     grammar: Grammar
     output: bytes
 
@@ -55,7 +55,7 @@ class Look(Part, frozen=True):
 
 
 class Close(Part, frozen=True):
-    """These streams are over: their rows are written for nobody."""
+    """These streams are over: their places are free."""
 
     keys: tuple[int, ...]
 

@@ -38,7 +38,7 @@ from .messages import (
     framed,
     mask_words,
 )
-from .shared import Rows, SharedMasks
+from .shared import Places, SharedMasks
 from .stream import FrameReader
 from .vocabulary import load_vocabulary
 
@@ -78,7 +78,7 @@ class Process:
         self._reader = FrameReader(service)
         self._compiler: Compiler | None = None
         self._matchers: Matchers | None = None
-        self._rows: Rows | None = None
+        self._places: Places | None = None
         self._unusable = ""
         """Why this model's texts cannot be held to a grammar."""
         self._compiling: dict[int, Check | Open] = {}
@@ -97,8 +97,8 @@ class Process:
         """Until the socket ends."""
         while True:
             self._hear(wait=True)
-            if self._matchers is not None and self._rows is not None:
-                self._write(self._matchers, self._rows)
+            if self._matchers is not None and self._places is not None:
+                self._write(self._matchers, self._places)
 
     def _hear(self, wait: bool) -> None:
         """Take what the service says and what has been compiled; `wait` until there is some."""
@@ -131,9 +131,9 @@ class Process:
                     pass  # `_write` does, before anything else
 
     def _close(self, matchers: Matchers, key: int) -> None:
-        row = matchers.close(key)
-        if row is not None and self._rows is not None:
-            self._rows.close(key, row)
+        place = matchers.close(key)
+        if place is not None and self._places is not None:
+            self._places.close(key, place)
 
     def _start(self, start: Start) -> None:
         try:
@@ -145,10 +145,10 @@ class Process:
         self._compiler = Compiler(vocabulary)
         if self._memory is not None:
             words = mask_words(start.vocab_size)
-            shape = start.rows, words, start.processes, start.max_forced
-            self._rows = Rows(SharedMasks(*shape, self._memory), start.index)
+            shape = start.places, words, start.processes, start.max_forced
+            self._places = Places(SharedMasks(*shape, self._memory), start.index)
             self._matchers = Matchers(
-                vocabulary, self._compiler, self._rows.masks, start.max_forced
+                vocabulary, self._compiler, self._places.masks, start.max_forced
             )
         self._send(Ready())
 
@@ -177,10 +177,10 @@ class Process:
                 if isinstance(message, Check):
                     ignored = self._compiler.compiled(message.grammar).ignored
                     self._send(Checked(message.key, "", ignored))
-                elif self._matchers is not None and self._rows is not None:
+                elif self._matchers is not None and self._places is not None:
                     output = np.frombuffer(message.output, np.int32).tolist()
-                    self._matchers.open(message.key, message.row, message.grammar, output)
-                    self._rows.open(message.key, message.row)
+                    self._matchers.open(message.key, message.place, message.grammar, output)
+                    self._places.open(message.key, message.place)
                     self._opened.append(message.key)
             except GrammarError as error:
                 self._refuse(message, str(error))
@@ -189,10 +189,10 @@ class Process:
         answer = Checked if isinstance(message, Check) else Failed
         self._send(answer(message.key, why))
 
-    def _write(self, matchers: Matchers, rows: Rows) -> None:
+    def _write(self, matchers: Matchers, places: Places) -> None:
         """The masks of the streams that have been opened and of those whose tokens are told, now or
-        meanwhile. Each is there for its row as soon as it is written, and those that are likely to
-        take long come last: a step goes without the few that are late."""
+        meanwhile. Each is there for its stream as soon as it is written, and those that are likely
+        to take long come last: a step goes without the few that are late."""
         waiting: list[tuple[float, int]] = []
         heard = time.perf_counter()
         while True:
@@ -201,7 +201,7 @@ class Process:
                 self._hear(wait=False)
                 heard = now
             keys = [key for key in self._opened if key in matchers]  # some may have been closed
-            keys += matchers.advance(*rows.told())
+            keys += matchers.advance(*places.told())
             self._opened = []
             if keys:
                 waiting += [(now + PATIENCE * matchers.cost(key), key) for key in keys]
@@ -212,16 +212,16 @@ class Process:
             while waiting and time.perf_counter() - looked < LOOK_S:
                 key = waiting.pop()[1]
                 if key in matchers:
-                    self._write_one(matchers, rows, key)
+                    self._write_one(matchers, places, key)
 
-    def _write_one(self, matchers: Matchers, rows: Rows, key: int) -> None:
-        row = matchers.row(key)
+    def _write_one(self, matchers: Matchers, places: Places, key: int) -> None:
+        place = matchers.place(key)
         why = matchers.write(key)
         if why:
-            rows.close(key, row)
+            places.close(key, place)
             self._send(Failed(key, why))
         else:
-            rows.write(row, matchers.position(key), matchers.forced(key))
+            places.write(key, place, matchers.position(key), matchers.forced(key))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """What a worker and its matcher processes tell each other in every step, in memory that all of them
 have: to pack and unpack messages for each process would take longer than masks do.
 
-A worker writes the token of each stream into its slot's columns, and then sends `Look` to the
-processes concerned. A process writes its masks, and then the positions that they are for, at which
-the worker looks: it reads a position first and what belongs to it afterwards, and so does a process
-with what it is told.
+A worker writes the token of each stream into its place's columns, and then sends `Look` to the
+processes concerned. A process writes its masks, and then the tags that say whose they are and for
+which position, at which the worker looks: it reads a tag first and what belongs to it afterwards,
+and so does a process with what it is told. A tag is one word, which is read and written whole, by a
+device that reads this memory too.
 
-Rows are the worker's slots. Each process has masks and columns of its own, and each opening of a
+Each process has so many places, one for each of its streams. A place goes from one stream to the
+next: its process hears in order that the one is over and that the other begins. Each opening of a
 stream has a key of its own, so what a process says too late is for nobody.
 """
 
@@ -17,31 +19,65 @@ from math import prod
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from pagewire.process.fence import fence
 
 LINE: Final = 64
 """Bytes of a cache line, of which no two columns share one."""
+MASK_ALIGNMENT: Final = 16
+"""Of bytes, at a multiple of which each mask starts: a device reads so many at once."""
 NO_POSITION: Final = -1
+LEAST_PLACES: Final = 64
+"""Of a process, where the worker has as many slots."""
+TAG_BITS: Final = 32
+"""Of each half of a tag."""
+LOW_HALF: Final = (1 << TAG_BITS) - 1
+
+
+def num_places(rows: int, processes: int) -> int:
+    """Of each of `processes`, for a worker with so many slots, `rows`: twice its share, so that few
+    streams have to go elsewhere than to the least busy process, and enough in all of them together
+    for all slots."""
+    return min(rows, max(LEAST_PLACES, 2 * -(-rows // processes)))
+
+
+def tag_of(openings: ArrayLike, positions: ArrayLike) -> NDArray[np.uint64]:
+    """[R]: the tags of masks for the output positions `positions` [R] of the streams `openings`
+    [R]: the lowest 32 bits of the opening, which the next 2^32 - 1 openings do not have, before the
+    position + 1, which is 0 where there is no mask."""
+    low = np.asarray(positions, np.int64) + 1
+    return np.asarray(openings, np.uint64) << np.uint64(TAG_BITS) | low.astype(np.uint64)
+
+
+def positions_of(tags: NDArray[np.uint64], openings: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """[R]: what the masks with `tags` [R] are for, where they are those of the streams `openings`
+    [R]; NO_POSITION of others, and where there is none."""
+    low_half, bits = np.uint64(LOW_HALF), np.uint64(TAG_BITS)
+    own = tags >> bits == openings & low_half
+    return np.where(own, (tags & low_half).astype(np.int64) - 1, NO_POSITION)
 
 
 class SharedMasks:
-    """Of `rows` slots and `processes` matchers, with masks of `words` uint32 and forced runs of
-    `max_forced` tokens at most. `fileno`: of the memory that another process has made."""
+    """Of `processes` matchers with `places` each, with masks of `words` uint32 and forced runs of
+    `max_forced` tokens at most. Columns go over the places of all processes, those of the first
+    one first. `fileno`: of the memory that another process has made."""
 
     def __init__(
-        self, rows: int, words: int, processes: int, max_forced: int, fileno: int | None = None
+        self, places: int, words: int, processes: int, max_forced: int, fileno: int | None = None
     ) -> None:
+        self.places = places
+        """Of each process."""
+        count = processes * places
+        padded = -(-4 * words // MASK_ALIGNMENT) * MASK_ALIGNMENT // 4
         layout: dict[str, tuple[Any, tuple[int, ...]]] = {
-            "told_keys": (np.uint64, (rows,)),
-            "told_positions": (np.int64, (rows,)),
-            "told_tokens": (np.int32, (rows,)),
-            "keys": (np.uint64, (processes, rows)),
-            "positions": (np.int64, (processes, rows)),
-            "forced_counts": (np.int32, (processes, rows)),
-            "forced": (np.int32, (processes, rows, max_forced)),
-            "masks": (np.uint32, (processes, rows, words)),
+            "told_keys": (np.uint64, (count,)),
+            "told_positions": (np.int64, (count,)),
+            "told_tokens": (np.int32, (count,)),
+            "tags": (np.uint64, (count,)),
+            "forced_counts": (np.int32, (count,)),
+            "forced": (np.int32, (count, max_forced)),
+            "masks": (np.uint32, (count, padded)),
         }
         starts: dict[str, int] = {}
         size = 0
@@ -60,87 +96,110 @@ class SharedMasks:
             flat = np.frombuffer(memory, dtype, prod(shape), starts[name])
             return flat.reshape(shape)
 
+        self.address = int(np.frombuffer(memory, np.uint8).ctypes.data)
+        """Where this process has the memory, of which all columns are parts."""
+        self.nbytes = size
+        """Of all of it."""
         self.told_keys = column("told_keys")
-        """[rows]: the stream that the last token told was for."""
+        """[all places]: the stream that the last token told was for."""
         self.told_positions = column("told_positions")
-        """[rows]: that token's place in the stream's output."""
+        """[all places]: that token's place in the stream's output."""
         self.told_tokens = column("told_tokens")
-        """[rows]: the token."""
-        self.keys = column("keys")
-        """[processes, rows]: the stream that a process has in this row; 0: none."""
-        self.positions = column("positions")
-        """[processes, rows]: the output position that the mask is for; NO_POSITION: there is
-        none."""
+        """[all places]: the token."""
+        self.tags = column("tags")
+        """[all places]: see `tag_of`; where the low half is 0, there is no mask. 0: there is no
+        stream either."""
         self.forced_counts = column("forced_counts")
-        """[processes, rows]: tokens of the forced run before that position."""
+        """[all places]: tokens of the forced run before the mask's position."""
         self.forced = column("forced")
-        """[processes, rows, max_forced]: these tokens."""
-        self.masks = column("masks")
-        """[processes, rows, words]: bit i % 32 of word i // 32 is set where token i may come."""
+        """[all places, max_forced]: these tokens."""
+        self.masks = column("masks")[:, :words]
+        """[all places, words]: bit i % 32 of word i // 32 is set where token i may come. Words
+        between one mask and the next are 0."""
 
-    def tell(self, rows: NDArray[Any], keys: NDArray[Any], positions: Any, tokens: Any) -> None:
-        """The next tokens [R] of the streams `keys` [R] in `rows` [R], whose places in their outputs
-        are `positions` [R]."""
-        self.told_tokens[rows] = tokens
+    def of_process(self, process: int) -> slice:
+        """Its places."""
+        return slice(process * self.places, (process + 1) * self.places)
+
+    def tell(self, places: NDArray[Any], keys: NDArray[Any], positions: Any, tokens: Any) -> None:
+        """The next tokens [R] of the streams `keys` [R] in `places` [R], whose positions in their
+        outputs are `positions` [R]."""
+        self.told_tokens[places] = tokens
         fence()
-        self.told_positions[rows] = positions
-        self.told_keys[rows] = keys
+        self.told_positions[places] = positions
+        self.told_keys[places] = keys
 
     def forget(self, process: int) -> None:
         """That process has ended: nothing that it wrote counts."""
-        self.keys[process] = 0
-        self.positions[process] = NO_POSITION
+        self.tags[self.of_process(process)] = 0
+
+    def tag_addresses(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[R]: where this process has the tags of `places` [R]."""
+        return int(self.tags.ctypes.data) + self.tags.strides[0] * places
+
+    def mask_addresses(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[R]: where this process has the masks of `places` [R], each at a multiple of
+        MASK_ALIGNMENT."""
+        return int(self.masks.ctypes.data) + self.masks.strides[0] * places
 
 
-class Rows:
-    """What one process writes and is told."""
+class Places:
+    """What one process writes and is told. It counts its places from 0."""
 
     def __init__(self, shared: SharedMasks, process: int) -> None:
-        self._shared = shared
-        self._process = process
-        self.masks = shared.masks[process]
-        """[rows, words]: see SharedMasks."""
-        self._next = np.zeros(len(shared.told_keys), np.int64)
-        """By row: the place in the output of the token that is to be told next."""
+        own = shared.of_process(process)
+        self.masks = shared.masks[own]
+        """[places, words]: see SharedMasks."""
+        self._tags = shared.tags[own]
+        self._forced_counts = shared.forced_counts[own]
+        self._forced = shared.forced[own]
+        self._told_keys = shared.told_keys[own]
+        self._told_positions = shared.told_positions[own]
+        self._told_tokens = shared.told_tokens[own]
+        self._next = np.zeros(shared.places, np.int64)
+        """By place: the position in the output of the token that is to be told next."""
         self._open: dict[int, int] = {}
-        """Keys by row."""
+        """Keys by place."""
         self._of_open: tuple[NDArray[np.int64], NDArray[np.uint64]] | None = None
-        """Rows and keys of all open streams; None: not up to date."""
+        """Places and keys of all open streams; None: not up to date."""
 
-    def open(self, key: int, row: int) -> None:
-        """The stream `key` has that row from now on, and no mask yet."""
-        self._shared.positions[self._process, row] = NO_POSITION
-        self._shared.keys[self._process, row] = key
-        self._next[row] = NO_POSITION
-        self._open[row] = key
+    def open(self, key: int, place: int) -> None:
+        """The stream `key` has that place from now on, and no mask yet."""
+        self._tag(key, place, NO_POSITION)
+        self._next[place] = NO_POSITION
+        self._open[place] = key
         self._of_open = None
 
-    def close(self, key: int, row: int) -> None:
+    def _tag(self, key: int, place: int, position: int) -> None:
+        """As `tag_of`, which takes longer for one number."""
+        self._tags[place] = (key & LOW_HALF) << TAG_BITS | (position + 1)
+
+    def close(self, key: int, place: int) -> None:
         """It is over."""
-        if self._open.get(row) == key:
-            del self._open[row]
+        if self._open.get(place) == key:
+            del self._open[place]
             self._of_open = None
 
     def told(self) -> tuple[list[int], list[int]]:
         """Keys and tokens of the streams that have been told their next token."""
         if self._of_open is None:
-            rows = np.fromiter(self._open.keys(), np.int64, len(self._open))
-            self._of_open = rows, np.fromiter(self._open.values(), np.uint64, len(self._open))
-        rows, keys = self._of_open
-        shared = self._shared
-        new = (shared.told_keys[rows] == keys) & (shared.told_positions[rows] == self._next[rows])
-        rows = rows[new]
+            places = np.fromiter(self._open.keys(), np.int64, len(self._open))
+            self._of_open = places, np.fromiter(self._open.values(), np.uint64, len(self._open))
+        places, keys = self._of_open
+        new = (self._told_keys[places] == keys) & (
+            self._told_positions[places] == self._next[places]
+        )
+        places = places[new]
         fence()
-        self._next[rows] = NO_POSITION  # until its mask has been written
-        return keys[new].tolist(), shared.told_tokens[rows].tolist()
+        self._next[places] = NO_POSITION  # until its mask has been written
+        return keys[new].tolist(), self._told_tokens[places].tolist()
 
-    def write(self, row: int, position: int, forced: list[int]) -> None:
-        """The mask of this row is there, for this output position; the last tokens before it,
-        `forced`, were not told."""
-        shared, process = self._shared, self._process
-        if shared.forced.shape[2]:
-            shared.forced_counts[process, row] = len(forced)
-            shared.forced[process, row, : len(forced)] = forced
-        self._next[row] = position
+    def write(self, key: int, place: int, position: int, forced: list[int]) -> None:
+        """The mask of the stream `key`, which has this place, is there, for this output position;
+        the last tokens before it, `forced`, were not told."""
+        if self._forced.shape[1]:
+            self._forced_counts[place] = len(forced)
+            self._forced[place, : len(forced)] = forced
+        self._next[place] = position
         fence()
-        shared.positions[process, row] = position
+        self._tag(key, place, position)

@@ -149,7 +149,7 @@ class GrammarChecks:
             return
         if self._process is None:
             size, eos = self._vocabulary
-            self._process = MatcherProcess(Start(self._model, size, eos, 0))
+            self._process = MatcherProcess(Start(self._model, size, eos))
             self._watch(self._process.fileno())
         for key, pending in self._pending.items():
             if not pending.since:

@@ -58,9 +58,11 @@ class GrammarMasks:
         sleep: Callable[[float], None] = time.sleep,
         start_process: StartProcess = MatcherProcess,
     ) -> None:
-        self._start = Start(model, vocab_size, eos, count)
+        self._start = Start(model, vocab_size, eos)
         self._clock = clock
-        self._pool = MatcherPool(self._start, clock, sleep, start_process, self._fail, self._lose)
+        self._pool = MatcherPool(
+            count, self._start, clock, sleep, start_process, self._fail, self._lose
+        )
         self._streams: dict[int, Stream] = {}
         """By slot."""
         self._key_of = np.full(count, NO_KEY, np.uint64)

@@ -8,6 +8,7 @@ from pagewire_protocol.grammar import Grammar
 
 SLOT_BITS: Final = 16
 """Of a key: the lowest ones say the slot."""
+NO_PLACE: Final = -1
 
 Ints = NDArray[np.signedinteger[Any]]
 Keys = NDArray[np.uint64]
@@ -26,7 +27,17 @@ def slots_of(keys: Keys) -> Ints:
 class Stream:
     """One admission: its grammar and all its output tokens."""
 
-    __slots__ = ("deaths", "died_at", "forced", "grammar", "key", "opening", "output", "slot")
+    __slots__ = (
+        "deaths",
+        "died_at",
+        "forced",
+        "grammar",
+        "key",
+        "opening",
+        "output",
+        "place",
+        "slot",
+    )
 
     def __init__(self, key: int, slot: int, grammar: Grammar, output: list[int]) -> None:
         self.key = key
@@ -34,6 +45,8 @@ class Stream:
         """The key by which its matcher process knows it, another one each time it is told of it; 0:
         none does."""
         self.slot = slot
+        self.place = NO_PLACE
+        """The one that it has among those of its matcher."""
         self.grammar = grammar
         self.output = output
         self.forced: list[int] = []

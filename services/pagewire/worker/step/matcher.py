@@ -3,6 +3,7 @@ ends it when it hangs, and starts the next one with every stream as it is. Token
 pool's business.
 """
 
+import heapq
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from ...grammar.child import MatcherGone, MatcherProcess
 from ...grammar.messages import Close, Failed, FromMatcher, Open, Start
 from ...grammar.shared import SharedMasks
-from .matched_stream import Stream, key_for
+from .matched_stream import NO_PLACE, Stream
 
 log = logging.getLogger("pagewire.worker")
 HANG_S: Final = 10.0
@@ -34,7 +35,8 @@ NOTHING_OWED: Final = np.inf
 class Matcher:
     """`on_failed(stream)`: there will be no masks for it any more. `on_lost(streams)`: their masks
     and forced runs are gone. `owed`: by slot, since when an answer is due for its stream,
-    NOTHING_OWED where none is. `openings`: keys that no other opening has; see Stream.opening."""
+    NOTHING_OWED where none is. `openings`: keys above 0 that no other opening has; see
+    Stream.opening."""
 
     def __init__(
         self,
@@ -61,6 +63,8 @@ class Matcher:
         """What `restart` starts, and `receive` when it is due."""
         self.streams: dict[int, Stream] = {}
         """By key."""
+        self._free = list(range(shared.places))
+        """Places that no stream has, as a heap: with few streams, few are ever written."""
         self._suspects: deque[int] = deque()
         """Streams at whose work a process has ended, by key: opened one after the other."""
         self._blamed: set[int] = set()
@@ -76,8 +80,14 @@ class Matcher:
 
     # --- streams ---
 
+    @property
+    def is_full(self) -> bool:
+        """Every place has a stream."""
+        return not self._free
+
     def add(self, stream: Stream) -> None:
-        """Match `stream` from its output on."""
+        """Match `stream` from its output on. There is a free place."""
+        stream.place = heapq.heappop(self._free)
         self.streams[stream.key] = stream
         if stream.deaths:
             self._blamed.add(stream.key)
@@ -93,6 +103,8 @@ class Matcher:
         self._blamed.discard(stream.key)
         self._owed[stream.slot] = NOTHING_OWED
         self._close_opening(stream)
+        heapq.heappush(self._free, stream.place)
+        stream.place = NO_PLACE
         if self._suspects and self._suspects[0] == stream.key:
             self._suspects.popleft()
             self._open_suspect()
@@ -110,10 +122,10 @@ class Matcher:
         if self.process is None:
             return
         self._close_opening(stream)
-        stream.opening = key_for(stream.slot, next(self._openings))
+        stream.opening = next(self._openings)
         output = np.array(stream.output, np.int32).tobytes()
         self._owed[stream.slot] = min(self._owed[stream.slot], self._clock())
-        self.process.send(Open(stream.opening, stream.slot, stream.grammar, output))
+        self.process.send(Open(stream.opening, stream.place, stream.grammar, output))
 
     def _close_opening(self, stream: Stream) -> None:
         if stream.opening and self.process is not None:

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from ...grammar.child import wait_for_any
 from ...grammar.messages import Start, mask_words
-from ...grammar.shared import NO_POSITION, SharedMasks
+from ...grammar.shared import NO_POSITION, SharedMasks, num_places, positions_of
 from ...process import processors
 from ...process.fence import fence
 from ...process.timers import sleep_precisely
-from .matched_stream import Ints, Stream
+from .matched_stream import NO_PLACE, Ints, Stream
 from .matcher import NOTHING_OWED, Matcher, StartProcess
 
 CROWDED: Final = 8
@@ -34,10 +34,12 @@ NO_MATCHER: Final = -1
 
 
 class MatcherPool:
-    """Of streams with `start.rows` slots. on_failed, on_lost: see Matcher."""
+    """Of a worker with so many slots, `rows`. start: what all processes have in common. on_failed,
+    on_lost: see Matcher."""
 
     def __init__(
         self,
+        rows: int,
         start: Start,
         clock: Callable[[], float],
         sleep: Callable[[float], None],
@@ -56,19 +58,22 @@ class MatcherPool:
         """Matchers that were ready when streams were last spread."""
         self._next_look = 0.0
         self._is_precise = False
-        self._at = np.full(start.rows, NO_MATCHER, np.int64)
+        self._at = np.full(rows, NO_MATCHER, np.int64)
         """By slot: the index of its stream's matcher."""
-        self._opening_of = np.zeros(start.rows, np.uint64)
+        self.place_of = np.full(rows, NO_PLACE, np.int64)
+        """By slot: its stream's place among those of all matchers; NO_PLACE: it has none."""
+        self._opening_of = np.zeros(rows, np.uint64)
         """By slot: Stream.opening."""
-        self._owed = np.full(start.rows, NOTHING_OWED)
+        self._owed = np.full(rows, NOTHING_OWED)
         """See Matcher."""
         self.restart_with(start)
 
     def restart_with(self, start: Start) -> None:
         """Before the first stream."""
-        self._start = replace(start, processes=self._max_matchers)
+        places = num_places(len(self.place_of), self._max_matchers)
+        self._start = replace(start, places=places, processes=self._max_matchers)
         words = mask_words(start.vocab_size)
-        self._shared = SharedMasks(start.rows, words, self._max_matchers, start.max_forced)
+        self._shared = SharedMasks(places, words, self._max_matchers, start.max_forced)
         self.matchers: list[Matcher] = []
         self._add_matcher()
 
@@ -91,12 +96,11 @@ class MatcherPool:
             matcher.close()
 
     def match(self, stream: Stream, streams: int) -> None:
-        """By the least busy matcher that is ready; by the first one where none is. There are
-        `streams` in all."""
+        """From its output on. There are `streams` in all."""
         if not self._is_precise:
             self._is_precise = True
             sleep_precisely()  # who waits for masks is this thread
-        self._hand(stream, self._ready_matchers() or self.matchers[:1])
+        self._hand(stream)
         wanted = min(self._max_matchers, -(-streams // CROWDED))
         while len(self.matchers) < wanted:
             self._add_matcher()
@@ -118,6 +122,7 @@ class MatcherPool:
         if at != NO_MATCHER:
             self.matchers[at].remove(stream)
             self._at[stream.slot] = NO_MATCHER
+            self.place_of[stream.slot] = NO_PLACE
             self._opening_of[stream.slot] = 0
             self._note_openings(self.matchers[at])
 
@@ -131,12 +136,12 @@ class MatcherPool:
     # --- tokens and masks ---
 
     def tell(self, slots: Ints, positions: Ints, tokens: NDArray[np.int32]) -> None:
-        """The next tokens [R] of the streams in `slots` [R], whose places in their outputs are
+        """The next tokens [R] of the streams in `slots` [R], whose positions in their outputs are
         `positions` [R], and for which there were masks."""
         if not len(slots):
             return
         self._owed[slots] = self._clock()
-        self._shared.tell(slots, self._opening_of[slots], positions, tokens)
+        self._shared.tell(self.place_of[slots], self._opening_of[slots], positions, tokens)
         concerned = np.bincount(self._at[slots], minlength=len(self.matchers))
         for matcher, rows in zip(self.matchers, concerned.tolist(), strict=True):
             if rows and matcher.process is not None:
@@ -145,26 +150,34 @@ class MatcherPool:
     def positions(self, slots: Ints) -> NDArray[np.int64]:
         """[R]: the output positions that the masks of `slots` [R] are for; NO_POSITION where there
         is none."""
-        at = self._at[slots]
-        shared = self._shared
-        openings = self._opening_of[slots]
-        own = (at != NO_MATCHER) & (openings != 0) & (shared.keys[at, slots] == openings)
-        positions = np.where(own, shared.positions[at, slots], NO_POSITION)
+        places, openings = self.place_of[slots], self._opening_of[slots]
+        there = (places != NO_PLACE) & (openings != 0)
+        tags = self._shared.tags[places]
+        positions = np.where(there, positions_of(tags, openings), NO_POSITION)
         fence()  # masks are read behind it
         return positions
 
+    def openings(self, slots: Ints) -> NDArray[np.uint64]:
+        """[R]: the keys by which the matchers of `slots` [R] know their streams; 0: none does."""
+        return self._opening_of[slots]
+
+    @property
+    def shared(self) -> SharedMasks:
+        """Where processes write: the same one from the first stream on."""
+        return self._shared
+
     def masks(self, slots: Ints) -> NDArray[np.uint32]:
         """[R, words]: of `slots` [R], for which there are some."""
-        return self._shared.masks[self._at[slots], slots]
+        return self._shared.masks[self.place_of[slots]]
 
     def num_forced(self, slots: Ints) -> NDArray[np.int32]:
         """[R]: tokens of the forced runs before the positions of these masks."""
-        return self._shared.forced_counts[self._at[slots], slots]
+        return self._shared.forced_counts[self.place_of[slots]]
 
     def forced(self, slot: int) -> list[int]:
         """The run before the position of its mask."""
-        at = self._at[slot]
-        return self._shared.forced[at, slot, : self._shared.forced_counts[at, slot]].tolist()
+        place = self.place_of[slot]
+        return self._shared.forced[place, : self._shared.forced_counts[place]].tolist()
 
     def answered(self, slots: Ints, stream_in: Callable[[int], Stream]) -> None:
         """The masks of `slots` [R] have come."""
@@ -226,13 +239,21 @@ class MatcherPool:
             for stream in matcher.harmless()[:surplus]:
                 self.remove(stream)
                 self._on_lost([stream])
-                self._hand(stream, ready)
+                self._hand(stream)
 
-    def _hand(self, stream: Stream, matchers: list[Matcher]) -> None:
-        """To the least busy of `matchers`."""
-        least = min(matchers, key=lambda matcher: len(matcher.streams))
-        self._at[stream.slot] = self.matchers.index(least)
+    def _hand(self, stream: Stream) -> None:
+        """To the least busy matcher that has a place for it: of those that are ready, or else of
+        the others, which may still load, or else to one more. All that there can be have places
+        enough for all slots."""
+        open_ones = [matcher for matcher in self.matchers if not matcher.is_full]
+        if not open_ones:
+            self._add_matcher()
+            open_ones = self.matchers[-1:]
+        ready = [matcher for matcher in open_ones if matcher.is_ready]
+        least = min(ready or open_ones, key=lambda matcher: len(matcher.streams))
+        self._at[stream.slot] = at = self.matchers.index(least)
         least.add(stream)
+        self.place_of[stream.slot] = at * self._shared.places + stream.place
         self._note_openings(least)
 
 
