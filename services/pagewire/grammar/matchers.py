@@ -38,9 +38,10 @@ class Stream:
 
 
 class Matchers:
-    """All requests of one service, by their keys. `masks` [places, words]: mask i is written
-    for the request whose place that is. `max_forced`: where a grammar leaves a single token, that many in a
-    row at most are taken as if they had been sampled, and the mask is for what follows them."""
+    """All requests of one service, by their keys. `masks` [places, words]: mask i is written for
+    the request whose place that is. `max_forced`: where a grammar leaves a single token, that many
+    in a row at most are taken as if they had been sampled, and the mask is for what follows
+    them."""
 
     def __init__(
         self,

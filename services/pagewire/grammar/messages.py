@@ -41,8 +41,8 @@ class Check(Part, frozen=True):
 
 
 class Open(Part, frozen=True):
-    """A stream with the output so far (int32 column), whose masks go to this place of the process in
-    shared.SharedMasks; its tokens are told there. Answered there, or by Failed."""
+    """A stream with the output so far (int32 column), whose masks go to this place of the
+    process in shared.SharedMasks; its tokens are told there. Answered there, or by Failed."""
 
     key: int
     place: int

@@ -191,8 +191,8 @@ class Process:
 
     def _write(self, matchers: Matchers, places: Places) -> None:
         """The masks of the streams that have been opened and of those whose tokens are told, now or
-        meanwhile. Each is there for its stream as soon as it is written, and those that are likely to
-        take long come last: a step goes without the few that are late."""
+        meanwhile. Each is there for its stream as soon as it is written, and those that are likely
+        to take long come last: a step goes without the few that are late."""
         waiting: list[tuple[float, int]] = []
         heard = time.perf_counter()
         while True:

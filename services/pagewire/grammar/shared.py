@@ -43,9 +43,9 @@ def num_places(rows: int, processes: int) -> int:
 
 
 def tag_of(openings: ArrayLike, positions: ArrayLike) -> NDArray[np.uint64]:
-    """[R]: the tags of masks for the output positions `positions` [R] of the streams `openings` [R].
-    Of an opening there are the lowest bits: as many others have come before these are the same
-    again."""
+    """[R]: the tags of masks for the output positions `positions` [R] of the streams `openings`
+    [R]: the lowest 32 bits of the opening, which the next 2^32 - 1 openings do not have, before the
+    position + 1, which is 0 where there is no mask."""
     low = np.asarray(positions, np.int64) + 1
     return np.asarray(openings, np.uint64) << np.uint64(TAG_BITS) | low.astype(np.uint64)
 

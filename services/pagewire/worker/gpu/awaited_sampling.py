@@ -8,7 +8,7 @@ Of a worker with one rank; over several, rank 0 decides which rows are late (mas
 
 import contextlib
 import logging
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -131,7 +131,7 @@ class AwaitedSampling:
 
 def is_readable(shared: SharedMasks) -> bool:
     """The device is given that memory to read; whether it could be."""
-    cudart = torch.cuda.cudart()
+    cudart: Any = torch.cuda.cudart()
     error = cudart.cudaHostRegister(shared.address, shared.nbytes, 0)
     if error == cudart.cudaError.success:
         return True

@@ -491,7 +491,7 @@ class GpuRunner:
 
     def _learn_from(self, part: GrammarRows) -> None:
         tokens = part.handle.sampled_tokens.numpy()[part.rows]
-        slots = part.handle.slots[part.rows]
+        slots = part.handle.slots[part.rows].astype(np.int64)
         current = self._masks.keys(slots) == part.keys
         late = slots[current & (tokens == LATE)]
         if len(late):
@@ -503,17 +503,18 @@ class GpuRunner:
         self._num_known[known] += 1
         self._masks.append(part.keys[finite], tokens[finite])
 
-    def _ready(self, slots: Ints) -> Bools | None:
+    def _ready(self, slots: Ints, has_prompts: bool = False) -> Bools | None:
         """[S]: which of `slots` [S], whose logits are being computed, can be sampled as far as the
         host decides it; None: each. Those with grammars need the tokens of the steps before, for
-        which this waits: the device computes meanwhile."""
+        which this waits: the device computes meanwhile. has_prompts: the step."""
         if not self._masks.any:
             return None
         concerned = self._masks.concerns(slots)
         decided = concerned & ~self._extra.awaits(slots)
         if not decided.any():
-            if not self._unlearned and concerned.all():
-                # What comes next would be nothing but the same step again.
+            # What comes next may be nothing but the same step again.
+            alone = not self._unlearned and bool(concerned.all())
+            if alone and (has_prompts or self._masks.are_slow(slots)):
                 self._wait_for_masks(slots)
             return None
         self._learn(wait=True)
@@ -637,6 +638,6 @@ class GpuRunner:
         decoded = self._mixed.run(rows, self._extra.host_known_len, shared, hook)
         if not len(sampled_slots):
             return LaunchedRun(None, logprobs)
-        ready = self._ready(sampled_slots)
+        ready = self._ready(sampled_slots, has_prompts=True)
         self._extra.resample(decoded.logits, sampled_slots, decoded.sampled_tokens, logprobs, ready)
         return LaunchedRun(decoded.sampled_tokens, logprobs, ready)

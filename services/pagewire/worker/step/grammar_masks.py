@@ -39,6 +39,8 @@ LOOKS: Final = 24
 WAIT_RUNS_S: Final = 0.001
 """How long a step in which every row has a grammar waits for its forced runs before it is
 computed."""
+SLOW_S: Final = 0.01
+"""After which a mask that is due is not expected any moment."""
 NO_KEY: Final = 0
 NO_TOKEN: Final = -1
 
@@ -234,14 +236,21 @@ class GrammarMasks:
         return keys, np.where(has, shared.tag_addresses(places), 0), shared.mask_addresses(places)
 
     def look(self) -> None:
-        """Take what matchers have said, and the masks that are there."""
-        if self._streams:
-            self._receive()
+        """Take what matchers have said; end those that hang."""
+        self._pool.receive()
+        if self._pool.is_look_due:
+            self._take()
+            self._pool.look()
+
+    def are_slow(self, slots: Ints) -> bool:
+        """Whether none of `slots` [R], of which each waits for a mask, is likely to have one soon."""
+        return bool((self._pool.owed_since(slots) < self._clock() - SLOW_S).all())
 
     def _receive(self) -> None:
         self._pool.receive()
         self._take()
-        self._pool.look()
+        if self._pool.is_look_due:
+            self._pool.look()
 
     def _wait(self, seconds: float) -> None:
         self._pool.wait(seconds)

@@ -8,7 +8,6 @@ from pagewire_protocol.grammar import Grammar
 
 SLOT_BITS: Final = 16
 """Of a key: the lowest ones say the slot."""
-
 NO_PLACE: Final = -1
 
 Ints = NDArray[np.signedinteger[Any]]

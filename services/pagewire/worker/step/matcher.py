@@ -64,7 +64,7 @@ class Matcher:
         self.streams: dict[int, Stream] = {}
         """By key."""
         self._free = list(range(shared.places))
-        """Places that no stream has, as a heap: those used lately come first."""
+        """Places that no stream has, as a heap: with few streams, few are ever written."""
         self._suspects: deque[int] = deque()
         """Streams at whose work a process has ended, by key: opened one after the other."""
         self._blamed: set[int] = set()

@@ -34,7 +34,8 @@ NO_MATCHER: Final = -1
 
 
 class MatcherPool:
-    """Of a worker with so many slots, `rows`. start: what all processes have in common. on_failed, on_lost: see Matcher."""
+    """Of a worker with so many slots, `rows`. start: what all processes have in common. on_failed,
+    on_lost: see Matcher."""
 
     def __init__(
         self,
@@ -212,14 +213,23 @@ class MatcherPool:
             self._spread(ready)
         self._num_ready = len(ready)
 
+    @property
+    def is_look_due(self) -> bool:
+        """It is time for `look`."""
+        return self._clock() >= self._next_look
+
     def look(self) -> None:
         """End processes that hang. Once the masks that have come are taken: it may have been long
         since anybody looked."""
-        if (now := self._clock()) >= self._next_look:
-            self._next_look = now + LOOK_EVERY_S
-            for matcher in self.matchers:
-                matcher.look()
-                self._note_openings(matcher)
+        self._next_look = self._clock() + LOOK_EVERY_S
+        for matcher in self.matchers:
+            matcher.look()
+            self._note_openings(matcher)
+
+    def owed_since(self, slots: Ints) -> NDArray[np.float64]:
+        """[R]: since when masks of `slots` [R] are due; minus infinity where nobody computes one."""
+        owed = self._owed[slots]
+        return np.where((owed == NOTHING_OWED) | (self.place_of[slots] == NO_PLACE), -np.inf, owed)
 
     def _receive(self, seconds: float) -> None:
         matcher_of: dict[Any, Matcher] = {
@@ -250,9 +260,8 @@ class MatcherPool:
             open_ones = self.matchers[-1:]
         ready = [matcher for matcher in open_ones if matcher.is_ready]
         least = min(ready or open_ones, key=lambda matcher: len(matcher.streams))
-        at = self.matchers.index(least)
+        self._at[stream.slot] = at = self.matchers.index(least)
         least.add(stream)
-        self._at[stream.slot] = at
         self.place_of[stream.slot] = at * self._shared.places + stream.place
         self._note_openings(least)
 
