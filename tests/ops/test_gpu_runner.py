@@ -69,9 +69,7 @@ def on_gpu(path, monkeypatch):
     itself."""
     monkeypatch.setattr(gpu_runner.torch.cuda, "Event", gpu_on_cpu.Event)
 
-    def make(
-        *observers: Any, masks: GrammarMasks | None = None, awaits: bool = True
-    ) -> GpuRunner:
+    def make(*observers: Any, masks: GrammarMasks | None = None, awaits: bool = True) -> GpuRunner:
         loaded = loader.load(path, ModelConfig(), CONFIG, lambda stage, fraction: None)
         masks = masks or GrammarMasks(SLOTS, ModelConfig(), 300, (2,))
         parts = gpu_on_cpu.parts(loaded, SLOTS, masks, awaits=awaits)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -86,6 +87,7 @@ class Step:
         if not is_readable(shared):
             raise SystemExit("gpu_awaited: FAILED, the memory cannot be given to the device")
         self.words = words
+        self.shared = shared
         self.state = SlotState.empty(SLOTS, 4, "cuda")
         self.taken = TakenMasks.empty(PLACES, words, self.state)
         size = AwaitedRows.num_bytes(PLACES)
@@ -100,6 +102,13 @@ class Step:
         self.rows = AwaitedRows.views(self.memory, PLACES)
         self.sampled_tokens = torch.zeros(PLACES, dtype=torch.int32, device="cuda")
         self.reset()
+
+    def close(self) -> None:
+        """The device forgets the memory, before others come to lie there."""
+        import torch
+
+        cudart: Any = torch.cuda.cudart()
+        cudart.cudaHostUnregister(self.shared.address)
 
     def reset(self) -> None:
         """The slots as after a step has been computed."""
@@ -148,6 +157,7 @@ def flips(words: int) -> str:
         found, bad = step.faults(keys.astype(np.int64))
         taken, wrong, rounds = taken + found, wrong + bad, rounds + 1
     writer.close()
+    step.close()
     print(
         f"{words} words: {taken} masks of {rounds * PLACES} taken while they changed, {wrong} wrong"
     )
@@ -187,6 +197,7 @@ def waits(words: int, patient: bool) -> str:
         and (computed == np.where(late, -1, 0)).all()
     )
     writer.close()
+    step.close()
     print(
         f"{words} words, {patient=}: {int(late.sum())} of {PLACES} late, {wrong} wrong, {settled=}"
     )
@@ -211,6 +222,7 @@ def times(words: int) -> None:
             ended.synchronize()
             taken.append(1000 * began.elapsed_time(ended))
         print(f"{words} words, {count} rows: {statistics.median(taken):.0f} us to take masks")
+    step.close()
 
 
 def main() -> int:
