@@ -19,6 +19,7 @@ from typing import Final
 import numpy as np
 
 from pagewire.process.parent import die_with_parent
+from pagewire.process.timers import wake_as_usual
 
 from .compiler import Compiler
 from .errors import GrammarError
@@ -64,6 +65,7 @@ def main() -> None:
     any."""
     die_with_parent()
     os.nice(NICE)
+    wake_as_usual()
     threading.stack_size(COMPILER_STACK)
     with socket.socket(fileno=int(sys.argv[1])) as service:
         Process(service, *map(int, sys.argv[2:])).serve()

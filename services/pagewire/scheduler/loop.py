@@ -29,6 +29,7 @@ from pagewire.process import last_words, liveness
 from pagewire.process.health_file import WELL, HealthFile
 from pagewire.process.node import settle_gc
 from pagewire.process.parent import Started
+from pagewire.process.timers import wake_promptly
 
 from .blocks import BlockError
 from .kept_counters import KeptCounters
@@ -200,6 +201,7 @@ def run(run: RunConfig, model: ModelConfig, config: SchedulerConfig) -> int:
         signal.signal(number, loop.stop)
     loop.state.send_roster_to(living_inboxes(run_dir))
     settle_gc()
+    wake_promptly()
     liveness.own.serving()
     log.info("epoch %d, listening on %s", epoch, inbox.address)
     try:

@@ -27,6 +27,7 @@ from pagewire_protocol.messages import Shared, Step, StepCost, StepResult, Worke
 from torch import Tensor
 
 from ...config import ModelConfig, SchedulerConfig, WorkerConfig
+from ...process.timers import wake_promptly
 from ..load import gpu_memory, loader, memory_errors, weights
 from ..load.rank_agreement import ALONE, Ranks
 from ..step.apply import StepApplier, StepRows, facts_of, spread
@@ -420,6 +421,7 @@ class GpuRunner:
     def notify(self, wake: Callable[[], None], meanwhile: Callable[[], None]) -> None:
         """See AsyncRunner; `wake` is called from another thread."""
         self._waiter = Waiter(wake)
+        wake_promptly()
         self._meanwhile = meanwhile
 
     def clear(self) -> None:
