@@ -12,7 +12,7 @@ from pagewire_protocol.columns import Slot
 from pagewire_protocol.messages import Shared
 
 from .prefix_groups import PrefixFinder, saved_reads
-from .slots import I32, NEVER, NO_ROWS, Slots
+from .slots import I32, I64, NEVER, NO_ROWS, Slots
 
 NO_VERSION: Final = -1
 
@@ -70,9 +70,16 @@ class DecodeSet:
             self._member[slot] = False
             self.version += 1
 
-    def lengths_changed(self) -> None:
-        """Members turned out shorter than was assumed: nothing that was kept holds any more."""
-        self.version += 1
+    def add_missing(self, slots: I32) -> None:
+        """These slots decode, most of which are members."""
+        missing = slots[~self._member[slots]]
+        if len(missing):
+            self.add(missing)
+
+    def shorten(self, slots: I32, tokens: I64) -> None:
+        """Members among `slots` turned out tokens[i] shorter than was assumed. What was found out of
+        the rows still holds, and they may grow by more than was thought."""
+        self._attended -= int(tokens[self._member[slots]].sum())
 
     def __bool__(self) -> bool:
         return bool(self._member.any())

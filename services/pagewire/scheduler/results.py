@@ -18,7 +18,7 @@ from pagewire_protocol.messages import Finish, LogprobColumns, StepResult
 from .in_flight import InFlightStep
 from .outgoing import Outgoing, select
 from .request import Refusal, Request
-from .slots import I32, Bools, Slots, ints, slots_of
+from .slots import I32, NO_ROWS, Bools, Slots, ints, slots_of
 from .worker_state import WorkerState
 
 U8 = NDArray[np.uint8]
@@ -80,7 +80,7 @@ def absorb(
         _fail(worker, step, flags, failed)
     if worker.slots.num_vacated != step.num_vacated:
         sampled = sampled.keep(worker.slots.admitted_step[sampled.slots] <= step.n)
-    if sampled.counts is None:
+    if sampled.counts is None or (worker.facts.max_tokens_per_row == 1 and _most(sampled) <= 1):
         _record_one_each(worker, step, sampled, out, ended)
     else:
         _record(worker, step, sampled, sampled.counts, out, ended)
@@ -253,21 +253,34 @@ def _fail(worker: WorkerState, step: InFlightStep, flags: U8, failed: Failed) ->
 def _record_one_each(
     worker: WorkerState, step: InFlightStep, sampled: SampledRows, out: Outgoing, ended: Ended
 ) -> None:
-    """Each row brings one token: the hot path, without a loop over rows."""
+    """Each row brings one token, or none: the hot path, without a loop over rows."""
     slots = worker.slots
+    late = NO_ROWS
+    if sampled.counts is not None:
+        late = sampled.slots[sampled.counts == 0]
+        sampled = sampled.keep(sampled.counts == 1)
     rows = sampled.slots
     received = slots.num_received[rows]
     positions = received - slots.prompt_len[rows]
     slots.tokens[rows, received] = sampled.tokens
     received += 1
     slots.num_received[rows] = received
-    _seal_full(worker, _count_computed(worker, step))
+    run = _count_computed(worker, step)
+    if len(late):
+        slots.num_computed[late] = slots.num_received[late] - 1  # its last one is computed again
+        worker.correct_lengths(late)
+    _seal_full(worker, run)
     out.add_tokens(slots, rows, positions, sampled.tokens, None, sampled.logprobs)
     worker.counters.generation_tokens += len(rows)
     over = sampled.may_end | (received >= slots.max_len[rows])
     if over.any():
         for i in ints(np.flatnonzero(over)):
             _end_if_over(worker, Slot(int(rows[i])), int(sampled.tokens[i]), ended)
+
+
+def _most(sampled: SampledRows) -> int:
+    """Tokens that a row brings."""
+    return int(sampled.counts.max(initial=0)) if sampled.counts is not None else 1
 
 
 def _end_if_over(worker: WorkerState, slot: Slot, token: int, ended: Ended) -> None:
@@ -304,7 +317,7 @@ def _record(
     worker.counters.generation_tokens += int(taken.sum())
     for request, finish, stop in finishes:
         ended(request, finish, stop)
-    worker.correct_lengths(slots_of(rows))
+    worker.correct_lengths(rows)
 
 
 def _take(

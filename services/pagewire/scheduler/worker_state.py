@@ -27,7 +27,7 @@ from .in_flight import InFlightSteps
 from .kv_cache import KVCacheManager
 from .prefix_groups import PrefixFinder
 from .request import NO_SLOT, Phase, Request
-from .slots import NEVER, Slots, slots_of
+from .slots import I32, NEVER, Slots, slots_of
 from .step_estimator import StepEstimator
 
 log = logging.getLogger("pagewire.scheduler")
@@ -264,27 +264,24 @@ class WorkerState:
 
     # --- lengths that were assumed too long ---
 
-    def correct_lengths(self, slots: list[Slot]) -> None:
-        """A step brought these slots fewer tokens than their rows might have: bound their lengths
-        anew, by what is there and what the steps in flight may still bring. A slot that was thought
-        to have reached its end decodes again."""
-        again: list[Slot] = []
-        for slot in slots:
-            request = self.slots.requests[slot]
-            if request is None:
-                continue
-            under_way = sum(
-                bool((step.sampled == slot).any())
-                for step in self.in_flight.steps
-                if step.n >= self.slots.admitted_step[slot]
-            )
-            longest = int(self.slots.num_received[slot])
-            longest += under_way * self.facts.max_tokens_per_row
-            longest = min(longest, request.max_len)
-            self.slots.num_tokens[slot] = longest
-            self.slots.num_scheduled[slot] = longest - 1
-            if request.phase is Phase.RUNNING and longest < request.max_len:
-                again.append(slot)
-        self.decode_set.lengths_changed()
-        if again:
-            self.decode_set.add(np.array(again, np.int32))
+    def correct_lengths(self, rows: I32) -> None:
+        """A step brought the slots `rows` fewer tokens than their rows might have: bound their
+        lengths anew, by what is there and what the steps in flight may still bring. A slot that was
+        thought to have reached its end decodes again."""
+        slots = self.slots
+        there = np.array([slots.requests[slot] is not None for slot in slots_of(rows)], np.bool_)
+        rows = rows[there]
+        longest = slots.num_received[rows]
+        for step in self.in_flight.steps:
+            samples = np.isin(rows, step.sampled) & (step.n >= slots.admitted_step[rows])
+            longest = longest + samples * self.facts.max_tokens_per_row
+        longest = np.minimum(longest, slots.max_len[rows])
+        self.decode_set.shorten(rows, slots.num_tokens[rows] - longest)
+        slots.num_tokens[rows] = longest
+        slots.num_scheduled[rows] = longest - 1
+        again = [
+            slot
+            for slot in slots_of(rows[longest < slots.max_len[rows]])
+            if slots.request_in(slot).phase is Phase.RUNNING
+        ]
+        self.decode_set.add_missing(np.array(again, np.int32))
