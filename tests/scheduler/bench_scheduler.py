@@ -53,9 +53,9 @@ def setup(rows, tokenizers, prompt, max_tokens, stop, config):
     return scheduler, outputs
 
 
-def answer(step, last, known):
-    """The result of `step` from a worker that knows which rows sample; `known` counts what each
-    slot still has to compute."""
+def answer(step, last, known, late, random):
+    """The result of `step` from a worker that knows which rows sample, a share `late` of which bring
+    no token; `known` counts what each slot still has to compute."""
     for admission in step.admit:
         known[admission.slot] = len(admission.prompt) // 4 - admission.computed
     if not step.repeat:
@@ -65,9 +65,15 @@ def answer(step, last, known):
         known[last] -= 1
     sampled = last[known[last] == 0]
     known[sampled] += 1
-    tokens = (np.arange(len(sampled)) + step.n) % 40_000 + 3
+    tokens = ((np.arange(len(sampled)) + step.n) % 40_000 + 3).astype(np.int32)
+    counts = b""
+    if late:
+        brings = random.random(len(sampled)) >= late
+        tokens = tokens[brings]
+        counts = brings.astype(np.int32).tobytes()
+    flags = bytes(len(sampled))
     return last, StepResult(
-        1, 7, step.n, sampled.tobytes(), tokens.astype(np.int32).tobytes(), bytes(len(sampled))
+        1, 7, step.n, sampled.tobytes(), tokens.tobytes(), flags, None, (), counts
     )
 
 
@@ -77,6 +83,7 @@ def main():
     parser.add_argument("--tokenizers", type=int, default=1)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--stop-ids", action="store_true")
+    parser.add_argument("--late", type=float, default=0.0, help="share of rows without a token")
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     config = SchedulerConfig(max_num_seqs=args.rows, max_num_batched_tokens=8192)
@@ -85,6 +92,7 @@ def main():
     last, known, now = np.zeros(0, np.int32), np.zeros(args.rows, np.int64), 2.0
     steps, spent, tokens, repeats, worst = [], 0.0, 0, 0, 0.0
     spans = []
+    random = np.random.default_rng(0)
     if args.profile:
         import cProfile
 
@@ -92,7 +100,7 @@ def main():
     for n in range(args.steps + 200):
         frames = []
         if steps:
-            last, result = answer(steps.pop(0), last, known)
+            last, result = answer(steps.pop(0), last, known, args.late, random)
             frames = [ENCODER.encode(result)]
         now += 0.002
         if args.profile and n == 200:

@@ -62,6 +62,8 @@ class AwaitedSampling:
         here = AwaitedRows.views(host, most)
         self._host = host.numpy()
         self._columns = Columns(*(getattr(here, name).numpy() for name in Columns._fields))
+        self._count = 0
+        """Rows that the device knows."""
         self._memory = torch.zeros_like(host, device=state.last_token.device)
         self._there = AwaitedRows.views(self._memory, most)
         self._taken = TakenMasks.empty(most, mask_words(vocab_size), state)
@@ -78,15 +80,28 @@ class AwaitedSampling:
         LATE, and their slots are as they were before `begin`. patient: they wait a little for
         theirs."""
         count = len(slots)
+        self._bring(slots, rows)
+        filtered = bool(self._slots.filtered[slots].any())
+        self._launch(logits, count, filtered, patient, sampled_tokens)
+
+    def _bring(self, slots: Ints, rows: Ints) -> None:
+        """What the device has to know of these rows, unless it knows it from the step before: the
+        beginning of a tag is no other admission's."""
+        count = len(slots)
         here, columns = self._columns, self._slots
-        here.rows[:count] = rows
-        here.slots[:count] = slots
+        parts = (here.rows, here.slots, here.tag_keys, here.tag_at, here.mask_at)
+        wanted = (rows, slots, *self._masks.tags(slots))
+        if count == self._count and all(
+            np.array_equal(part[:count], new) for part, new in zip(parts, wanted, strict=True)
+        ):
+            return
+        self._count = count
+        for part, new in zip(parts, wanted, strict=True):
+            part[:count] = new
         here.prompt_lens[:count] = columns.num_prompt_tokens[slots]
-        here.tag_keys[:count], here.tag_at[:count], here.mask_at[:count] = self._masks.tags(slots)
         here.seeds[:count] = columns.seed[slots]
         here.values[:, :count] = columns.sampling_params[slots].T
         self._up(self._host, out=self._memory)
-        self._launch(logits, count, bool(columns.filtered[slots].any()), patient, sampled_tokens)
 
     def _launch(
         self, logits: Tensor, count: int, filtered: bool, patient: bool, sampled_tokens: Tensor
@@ -100,6 +115,7 @@ class AwaitedSampling:
     def warm_up(self, logits: Tensor) -> None:
         """Compile and load what `run` launches, for all numbers of rows. logits [1, V]: of the
         dtype that steps have. It is done with the last slot, which takes what padding writes."""
+        self._count = 0
         self._memory.zero_()
         self._there.slots.fill_(len(self._state.last_token) - 1)
         sampled_tokens = self._state.last_token.new_empty(1)
@@ -115,7 +131,7 @@ class AwaitedSampling:
 
     def reads(self, shared: SharedMasks) -> bool:
         """Whether the device sees what is written there. Before any process writes."""
-        self._memory.zero_()
+        self._count = 0
         columns = self._columns
         columns.slots[0] = len(self._state.last_token) - 1
         columns.tag_keys[0] = 1 << 32
