@@ -27,7 +27,7 @@ forward."""
 LEAST_AHEAD: Final = 2
 """Steps in flight where nobody would gain from waiting: the next one is there when a worker has
 finished one."""
-AHEAD_MS: Final = 2.5
+AHEAD_MS: Final = 4.0
 """Otherwise the next step is sent when those in flight are about to be over in so many
 milliseconds, which is ample for making it, the way to the worker and the launch; not earlier, since
 who arrives meanwhile would wait for it as well."""
