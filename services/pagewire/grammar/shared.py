@@ -166,6 +166,7 @@ class Places:
     def open(self, key: int, place: int) -> None:
         """The stream `key` has that place from now on, and no mask yet."""
         self._tag(key, place, NO_POSITION)
+        fence()  # before the next mask: who copies the last one looks at the tag once more
         self._next[place] = NO_POSITION
         self._open[place] = key
         self._of_open = None
