@@ -44,10 +44,11 @@ def test_what_says_that_something_is_there_is_written_last(monkeypatch: pytest.M
     monkeypatch.setattr(shared, "fence", order)
     places.open(KEY, PLACE)
     places.write(KEY, PLACE, 2, [5, 6])
-    assert order.seen == [(0, 0, 0, tag_of(KEY, NO_POSITION), 2)]
+    opened = tag_of(KEY, NO_POSITION)
+    assert order.seen == [(0, 0, 0, opened, 0), (0, 0, 0, opened, 2)]
     assert memory.tags[PLACE] == tag_of(KEY, 2)
     memory.tell(np.array([PLACE]), np.array([KEY], np.uint64), np.array([2]), np.array([TOKEN]))
-    assert order.seen[1:] == [(TOKEN, 0, 0, tag_of(KEY, 2), 2)]
+    assert order.seen[2:] == [(TOKEN, 0, 0, tag_of(KEY, 2), 2)]
 
 
 def test_what_says_that_something_is_there_is_read_first(monkeypatch: pytest.MonkeyPatch) -> None:
