@@ -3,8 +3,9 @@ device takes them when the step's logits are there, so that nobody who launches 
 
 Of each row a tag, one word in that memory, says whose mask there is and for which position; it is
 written after the mask. A row whose mask is not there in time is late: it gets no token, and its slot
-is put back to where it was before the step. `begin` comes before what computes the step, `take`
-behind it; `masked_sampling.sample_masked` samples from what was taken, and `settle` comes last.
+is put back to where it was before the step. `take` comes behind what computes the step, and then
+`masked_sampling.sample_masked`; `begin` comes before the step where rows are waited for or prompts
+computed.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
@@ -18,19 +19,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .masked_sampling import ALIGNED, MaskedSamplingRows
+from .masked_sampling import ALIGNED, LateRows, MaskedSamplingRows
 from .sampling_map import PARAMETERS, SamplingRows
 from .signals import now
 from .slot_state import SlotState
 
-LATE: Final = -2
-"""In place of a token."""
 NOWHERE: Final = 0
 """The address of the tag of a row for which no mask can come: it is late at once."""
 BLOCK: Final = 2048
 """Words of a mask that are copied together."""
 SLOTS: Final = 1024
-"""That `begin` and `settle` look at together."""
+"""That `begin` looks at together."""
 
 
 @dataclass
@@ -76,18 +75,16 @@ def _aligned(size: int) -> int:
 
 @dataclass
 class TakenMasks:
-    """What the device keeps for steps of at most M rows, of S slots. words int32 [M, W]: masks, of
+    """What the device keeps for steps of at most M rows. words int32 [M, W]: masks, of
     which the first num_words, ceil(V / 32), count; W is a multiple of 16. positions int64 [M]: of the
     tokens that are computed; late int32 [M]: 1 where there is no mask; order int32 [M]: 0 to M - 1.
-    kept_token int32 [S]: the slots' last tokens before the step. clock int64 [2]: when the step
-    began, in nanoseconds, and how many masks have been taken."""
+    clock int64 [2]: when the step began, in nanoseconds, and how many masks have been taken."""
 
     words: Tensor
     num_words: int
     positions: Tensor
     late: Tensor
     order: Tensor
-    kept_token: Tensor
     clock: Tensor
 
     @classmethod
@@ -100,9 +97,12 @@ class TakenMasks:
             torch.zeros(most, dtype=torch.int64, device=device),
             torch.zeros(most, dtype=torch.int32, device=device),
             torch.arange(most, dtype=torch.int32, device=device),
-            torch.zeros_like(state.last_token),
             torch.zeros(2, dtype=torch.int64, device=device),
         )
+
+    def late_rows(self, count: int, state: SlotState) -> LateRows:
+        """Of the first `count` rows."""
+        return LateRows(self.late[:count], state.kept_token, state.num_computed)
 
     def sampled(self, awaited: AwaitedRows, count: int, filtered: bool) -> MaskedSamplingRows:
         """The first `count` rows as they are sampled; filtered: some restrict the vocabulary."""
@@ -209,24 +209,12 @@ def _take(slots, prompt_lens, tag_keys, tag_at, mask_at, num_computed, words, po
     tl.store(late + row, 1 - there.to(tl.int32))
 
 
-@triton.jit
-def _settle(rows, slots, late, kept_token, last_token, num_computed, sampled_tokens, count, LATE: tl.constexpr,
-            BLOCK: tl.constexpr):  # fmt: skip
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    is_late = tl.load(late + i, mask=i < count, other=0) != 0
-    slot = tl.load(slots + i, mask=is_late, other=0).to(tl.int64)
-    row = tl.load(rows + i, mask=is_late, other=0).to(tl.int64)
-    tl.store(last_token + slot, tl.load(kept_token + slot, mask=is_late, other=0), mask=is_late)
-    computed = tl.load(num_computed + slot, mask=is_late, other=0)
-    tl.store(num_computed + slot, computed - 1, mask=is_late)
-    tl.store(sampled_tokens + row, tl.full([BLOCK], LATE, tl.int32), mask=is_late)
-
-
 def begin(state: SlotState, taken: TakenMasks) -> None:
-    """Before a step with awaited rows is computed: keep what `settle` may have to put back."""
+    """Before a step is computed whose rows are waited for, or which computes more than the last
+    tokens of slots: decode steps alone keep these themselves."""
     slots = state.last_token.shape[0]
     _begin[(triton.cdiv(slots, SLOTS),)](
-        state.last_token, taken.kept_token, taken.clock, slots, BLOCK=SLOTS, ON_DEVICE=state.last_token.is_cuda
+        state.last_token, state.kept_token, taken.clock, slots, BLOCK=SLOTS, ON_DEVICE=state.last_token.is_cuda
     )  # fmt: skip
 
 
@@ -239,18 +227,3 @@ def take(
     _take[(count,)](awaited.slots, awaited.prompt_lens, awaited.tag_keys, awaited.tag_at, awaited.mask_at,
         state.num_computed, taken.words, taken.positions, taken.late, taken.clock, taken.num_words,
         taken.words.stride(0), BLOCK=BLOCK, PATIENT=patient, ON_DEVICE=state.last_token.is_cuda, num_warps=1)  # fmt: skip
-
-
-def settle(
-    awaited: AwaitedRows,
-    count: int,
-    state: SlotState,
-    taken: TakenMasks,
-    sampled_tokens: Tensor,
-) -> None:
-    """Of the first `count` of `awaited`, those that are late get LATE in sampled_tokens int32 [R],
-    the last token that their slots had, and one computed token less."""
-    _settle[(triton.cdiv(count, SLOTS),)](
-        awaited.rows, awaited.slots, taken.late, taken.kept_token, state.last_token, state.num_computed, sampled_tokens,
-        count, LATE=LATE, BLOCK=SLOTS
-    )  # fmt: skip

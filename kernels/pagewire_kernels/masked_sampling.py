@@ -26,6 +26,8 @@ BLOCK: Final = 1024
 """Logits that a program looks at together."""
 ALIGNED: Final = 16
 """Bytes: where the parts of the one piece begin."""
+LATE: Final = -2
+"""In place of a token, of a row that goes without one."""
 
 
 @dataclass
@@ -78,6 +80,18 @@ class MaskedSamplingRows:
         )
 
 
+@dataclass
+class LateRows:
+    """Which of the G rows go without a token: late int32 [G], 1 for those. Their slots are put back
+    to where they were before the step: kept_token int32 [S], their last tokens then; num_computed
+    int32 [S], which the step has counted up."""
+
+    late: Tensor
+    kept_token: Tensor
+    num_computed: Tensor
+
+
+_NONE_LATE: Final = (None, None, None)
 _HEAD: Final = ((torch.int64, 2), (torch.float32, len(PARAMETERS)), (torch.int32, 3))
 """What comes before the masks: seeds and positions, sampling parameters, indices."""
 
@@ -106,8 +120,9 @@ def _gather(logits, rows, masks, words, out, width, stride, num_words, BLOCK: tl
 
 @triton.jit(do_not_specialize=["slices"])
 def _sample_masked(logits, rows, slots, masks, words, thresholds, temperatures, seeds, positions, numbers, ids, arrived,
-                   last_token, sampled_tokens, width, stride, num_words, slices,
-                   S_PAD: tl.constexpr, BLOCK: tl.constexpr, FILTERED: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+                   last_token, sampled_tokens, late, kept_token, num_computed, width, stride, num_words, slices,
+                   S_PAD: tl.constexpr, BLOCK: tl.constexpr, FILTERED: tl.constexpr, FAST: tl.constexpr,
+                   MAY_BE_LATE: tl.constexpr, LATE: tl.constexpr):  # fmt: skip
     held = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     row = tl.load(rows + held).to(tl.int64)
@@ -145,16 +160,29 @@ def _sample_masked(logits, rows, slots, masks, words, thresholds, temperatures, 
         flag = tl.load(numbers + found * 2 + 1, mask=inside, other=0.0, cache_modifier=".cg")
         tokens = tl.load(ids + found, mask=inside, other=2147483647, cache_modifier=".cg")
         token = tl.min(tl.where(score == tl.max(score, 0), tokens, 2147483647), 0)
-        tl.store(last_token + tl.load(slots + held).to(tl.int64), token)
-        tl.store(sampled_tokens + row, tl.where(tl.sum(flag, 0) > 0, -1, token))
+        result = tl.where(tl.sum(flag, 0) > 0, -1, token)
+        slot = tl.load(slots + held).to(tl.int64)
+        if MAY_BE_LATE:
+            is_late = tl.load(late + held) != 0
+            token = tl.where(is_late, tl.load(kept_token + slot), token)
+            result = tl.where(is_late, LATE, result)
+            computed = tl.load(num_computed + slot)
+            tl.store(num_computed + slot, tl.where(is_late, computed - 1, computed))
+        tl.store(last_token + slot, token)
+        tl.store(sampled_tokens + row, result)
 
 
 def sample_masked(
-    logits: Tensor, held: MaskedSamplingRows, last_token: Tensor, sampled_tokens: Tensor
+    logits: Tensor,
+    held: MaskedSamplingRows,
+    last_token: Tensor,
+    sampled_tokens: Tensor,
+    late: LateRows | None = None,
 ) -> None:
     """One token for each of `held`, from its row of logits [R, V] (float32, float16 or bfloat16;
     rows may be strided). sampled_tokens int32 [R]: the rows' tokens, -1 where an allowed logit is
-    NaN; last_token int32 [S]: their slots' too, always a token. Rows and slots differ."""
+    NaN, LATE of those that go without; last_token int32 [S]: their slots' too, always a token. Rows
+    and slots differ. late: which ones go without a token; None: none."""
     count, width = held.rows.shape[0], logits.shape[1]
     num_words = held.words.shape[1]
     slices = slices_of(count, width, BLOCK)
@@ -179,5 +207,6 @@ def sample_masked(
         least = thresholds(left, sampling)
     _sample_masked[(count, slices)](logits, held.rows, held.slots, held.masks, held.words, least, sampling.temperature,
         sampling.seeds, sampling.positions, numbers, ids, counters(device, "masked sampling", count), last_token,
-        sampled_tokens, width, logits.stride(0), num_words, slices, S_PAD=triton.next_power_of_2(slices),
-        BLOCK=BLOCK, FILTERED=sampling.filtered, FAST=device.type == "cuda", num_warps=4)  # fmt: skip
+        sampled_tokens, *(_NONE_LATE if late is None else (late.late, late.kept_token, late.num_computed)), width,
+        logits.stride(0), num_words, slices, S_PAD=triton.next_power_of_2(slices), BLOCK=BLOCK,
+        FILTERED=sampling.filtered, FAST=device.type == "cuda", MAY_BE_LATE=late is not None, LATE=LATE, num_warps=4)  # fmt: skip

@@ -22,10 +22,12 @@ COPY_CHUNK = 1024
 
 @dataclass
 class SlotState:
-    """S slots. last_token, num_computed int32 [S]; table int32 [S, M]; sampling_params float32
-    [S, PARAMETERS]; seeds int64 [S]."""
+    """S slots. last_token, kept_token, num_computed int32 [S]; table int32 [S, M]; sampling_params
+    float32 [S, PARAMETERS]; seeds int64 [S]. kept_token: last_token as the last decode step found
+    it, for those who take back what a step did."""
 
     last_token: Tensor
+    kept_token: Tensor
     num_computed: Tensor
     table: Tensor
     sampling_params: Tensor
@@ -40,6 +42,7 @@ class SlotState:
 
         sampling_params = zeros(slots, len(PARAMETERS), dtype=torch.float32)
         return cls(
+            zeros(slots),
             zeros(slots),
             zeros(slots),
             zeros(slots, blocks),
@@ -91,7 +94,7 @@ class DecodeRows:
 
 @triton.jit
 def _decode_inputs(
-    slots, last_token, num_computed, table, sampling, seeds,
+    slots, last_token, kept_token, num_computed, table, sampling, seeds,
     tokens, positions, mapping, seq_lens, rows, row_sampling, row_seeds,
     columns, sampling_stride, NUM_PARAMETERS: tl.constexpr, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
@@ -102,7 +105,9 @@ def _decode_inputs(
     position = tl.load(num_computed + slot)
     block = tl.load(table + slot * columns + position // BLOCK_SIZE).to(tl.int64)
     length = tl.where(live, position + 1, 0)
-    tl.store(tokens + row, tl.where(live, tl.load(last_token + slot), 0).to(tl.int64))
+    token = tl.load(last_token + slot)
+    tl.store(kept_token + slot, token, mask=live)
+    tl.store(tokens + row, tl.where(live, token, 0).to(tl.int64))
     tl.store(positions + row, tl.where(live, position, 0).to(tl.int64))
     tl.store(mapping + row, tl.where(live, block * BLOCK_SIZE + position % BLOCK_SIZE, -1))
     tl.store(seq_lens + row, length)
@@ -125,7 +130,7 @@ def decode_inputs(slots: Tensor, state: SlotState, block_size: int, out: DecodeR
     """Fill `out` for the next token of each of `slots` [B] int32. Of a block table row only the
     used part is written. Padding rows get token 0, position 0, mapping -1 and length 0."""
     _decode_inputs[(slots.shape[0],)](
-        slots, state.last_token, state.num_computed, state.table, state.sampling_params, state.seeds,
+        slots, state.last_token, state.kept_token, state.num_computed, state.table, state.sampling_params, state.seeds,
         out.tokens, out.positions, out.mapping, out.seq_lens, out.tables, out.sampling_params, out.seeds,
         state.table.shape[1], out.sampling_params.stride(0), NUM_PARAMETERS=len(PARAMETERS), BLOCK_SIZE=block_size,
         CHUNK=COPY_CHUNK

@@ -6,7 +6,8 @@ import pytest
 import torch
 from pagewire.grammar.shared import SharedMasks, tag_of
 from pagewire_kernels import awaited_masks
-from pagewire_kernels.awaited_masks import LATE, NOWHERE, AwaitedRows, TakenMasks
+from pagewire_kernels.awaited_masks import NOWHERE, AwaitedRows, TakenMasks
+from pagewire_kernels.masked_sampling import LATE, sample_masked
 from pagewire_kernels.slot_state import SlotState
 
 SLOTS, MOST = 12, 8
@@ -44,15 +45,27 @@ class Step:
         self.shared.tags[:MOST] = tag_of(self.openings, self.positions)
 
     def run(self) -> tuple[list[int], torch.Tensor]:
-        """(late rows, sampled tokens) after a step that has sampled 9 for each slot and row."""
+        """(late rows, sampled tokens) after a step that has sampled 9 for each slot and row, and then
+        the first token that its mask allows for each of the `count`."""
+        count = self.count
         sampled_tokens = torch.full((MOST,), 9, dtype=torch.int32)
         awaited_masks.begin(self.state, self.taken)
         self.state.last_token.fill_(9)
-        awaited_masks.take(self.rows, self.count, True, self.state, self.taken)
-        awaited_masks.settle(self.rows, self.count, self.state, self.taken, sampled_tokens)
-        late = self.taken.late[: self.count]
+        awaited_masks.take(self.rows, count, True, self.state, self.taken)
+        held = self.taken.sampled(self.rows, count, False)
+        late_rows = self.taken.late_rows(count, self.state)
+        logits = torch.zeros(MOST, 32 * self.shared.masks.shape[1])
+        sample_masked(logits, held, self.state.last_token, sampled_tokens, late_rows)
+        late = self.taken.late[:count]
         assert set(late.tolist()) <= {0, 1}
         return late.nonzero()[:, 0].tolist(), sampled_tokens
+
+    def first_allowed(self) -> torch.Tensor:
+        """[count]: the first token of each row's mask."""
+        bits = np.unpackbits(
+            self.shared.masks[: self.count].copy().view(np.uint8), axis=1, bitorder="little"
+        )
+        return torch.from_numpy(bits.argmax(1)).int()
 
 
 @pytest.mark.parametrize(("count", "words"), [(1, 3), (8, 3), (5, 1536), (8, 4749)])
@@ -60,7 +73,10 @@ def test_masks_that_are_there_are_taken(count: int, words: int) -> None:
     step = Step(count, words)
     late, sampled_tokens = step.run()
     assert late == []
-    assert (sampled_tokens == 9).all() and (step.state.last_token == 9).all()
+    rows, slots = step.rows.rows[:count].long(), step.rows.slots[:count].long()
+    assert torch.equal(sampled_tokens[rows], step.first_allowed())
+    assert torch.equal(step.state.last_token[slots], step.first_allowed())
+    assert int((step.state.last_token == 9).sum()) >= SLOTS - count
     got = step.taken.words[:count, :words].numpy().view(np.uint32)
     assert (got == step.shared.masks[:count]).all()
     assert (step.taken.words[count:] == 77).all()
@@ -80,9 +96,10 @@ def test_rows_are_late_whose_tags_are_not_the_wanted_ones_and_their_slots_are_pu
     late, sampled_tokens = step.run()
     assert late == [1, 2, 3, 4, 5]
     slots, rows = step.rows.slots[late].long(), step.rows.rows[late].long()
-    assert (sampled_tokens[rows] == LATE).all() and int((sampled_tokens == 9).sum()) == MOST - 5
+    assert (sampled_tokens[rows] == LATE).all() and int((sampled_tokens == LATE).sum()) == 5
     assert step.state.last_token[slots].tolist() == (100 + slots).tolist()
-    assert int((step.state.last_token == 9).sum()) == SLOTS - 5
+    on_time = step.rows.slots[[0, 6]].long()
+    assert torch.equal(step.state.last_token[on_time], step.first_allowed()[[0, 6]])
     computed[slots] -= 1
     assert torch.equal(step.state.num_computed, computed)
     assert (step.taken.words[late] == -1)[:, :40].all()  # what is sampled there is some token

@@ -168,6 +168,7 @@ def waits(words: int, patient: bool) -> str:
     """Masks that come one after the other once the device waits."""
     import torch
     from pagewire_kernels import awaited_masks
+    from pagewire_kernels.masked_sampling import LATE, sample_masked
 
     writer = Writer(words, "4")
     step = Step(writer.shared, words)
@@ -183,7 +184,10 @@ def waits(words: int, patient: bool) -> str:
                 time.sleep(0.002)
         step.state.last_token.fill_(9)
         step.take(PLACES, patient)
-        awaited_masks.settle(step.rows, PLACES, step.state, step.taken, step.sampled_tokens)
+        held = step.taken.sampled(step.rows, PLACES, False)
+        late_rows = step.taken.late_rows(PLACES, step.state)
+        logits = torch.zeros(PLACES, 32 * words, device="cuda")
+        sample_masked(logits, held, step.state.last_token, step.sampled_tokens, late_rows)
         torch.cuda.synchronize()
     late = step.taken.late.cpu().numpy() != 0
     own = np.arange(1, PLACES + 1)
@@ -191,9 +195,11 @@ def waits(words: int, patient: bool) -> str:
     tokens = step.sampled_tokens.cpu().numpy()
     last = step.state.last_token[:PLACES].cpu().numpy()
     computed = step.state.num_computed[:PLACES].cpu().numpy() - PROMPT_LEN - np.arange(PLACES)
-    settled = (
-        (tokens == np.where(late, awaited_masks.LATE, 9)).all()
-        and (last == np.where(late, 100, 9)).all()
+    lowest = own & -own  # of each mask, all of whose words are its place's number
+    first = np.log2(lowest).astype(np.int64)
+    settled = bool(
+        (tokens == np.where(late, LATE, first)).all()
+        and (last == np.where(late, 100, first)).all()
         and (computed == np.where(late, -1, 0)).all()
     )
     writer.close()

@@ -69,7 +69,7 @@ class AwaitedSampling:
         self._taken = TakenMasks.empty(most, mask_words(vocab_size), state)
 
     def begin(self) -> None:
-        """Before a step with such rows is computed."""
+        """Before a step with such rows is computed, if they will be patient or it has prompts."""
         awaited_masks.begin(self._state, self._taken)
 
     def run(
@@ -77,7 +77,7 @@ class AwaitedSampling:
     ) -> None:
         """Sample rows `rows` [G] of logits [R, V], which belong to the slots `slots` [G].
         sampled_tokens int32 [R] and the slots' last tokens are overwritten; rows without a mask get
-        LATE, and their slots are as they were before `begin`. patient: they wait a little for
+        LATE, and their slots are as they were before the step. patient: they wait a little for
         theirs."""
         count = len(slots)
         self._bring(slots, rows)
@@ -109,8 +109,8 @@ class AwaitedSampling:
         awaited, state, taken = self._there, self._state, self._taken
         awaited_masks.take(awaited, count, patient, state, taken)
         held = taken.sampled(awaited, count, filtered)
-        self._sample(logits, held, state.last_token, sampled_tokens)
-        awaited_masks.settle(awaited, count, state, taken, sampled_tokens)
+        late = taken.late_rows(count, state)
+        self._sample(logits, held, state.last_token, sampled_tokens, late)
 
     def warm_up(self, logits: Tensor) -> None:
         """Compile and load what `run` launches, for all numbers of rows. logits [1, V]: of the

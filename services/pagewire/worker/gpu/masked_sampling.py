@@ -9,10 +9,10 @@ would be one for each pair of sizes. Two launches cost less than finding the rig
 CUDA: plain torch, an injected kernel and injected memory.
 """
 
-from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
-from pagewire_kernels.masked_sampling import MaskedSamplingRows
+from pagewire_kernels.masked_sampling import LateRows, MaskedSamplingRows
 from pagewire_kernels.slot_state import SlotState
 from torch import Tensor, empty, uint8
 
@@ -21,8 +21,18 @@ from ..step.grammar_masks import GrammarMasks
 from ..step.slots import Ints, Slots
 from .staging import Uploads
 
-SampleMasked = Callable[[Tensor, MaskedSamplingRows, Tensor, Tensor], None]
-"""As `pagewire_kernels.masked_sampling.sample_masked`."""
+
+class SampleMasked(Protocol):
+    """As `pagewire_kernels.masked_sampling.sample_masked`."""
+
+    def __call__(
+        self,
+        logits: Tensor,
+        held: MaskedSamplingRows,
+        last_token: Tensor,
+        sampled_tokens: Tensor,
+        late: LateRows | None = None,
+    ) -> None: ...
 
 
 class MaskedSampling:

@@ -175,10 +175,17 @@ class ExtraSampling:
             return np.zeros(len(slots), np.bool_)
         return self._slots.grammar_only[slots]
 
-    def begin(self, slots: Ints) -> None:
-        """Before a step that samples `slots` [R] is computed."""
-        if self._awaited is not None and self.awaits(slots).any():
+    def begin(self, slots: Ints, has_prompts: bool = False) -> None:
+        """Before a step that samples `slots` [R] is computed; has_prompts: it computes more than
+        their last tokens."""
+        if self._awaited is None or not self.awaits(slots).any():
+            return
+        if has_prompts or self._is_patient(slots):
             self._awaited.begin()
+
+    def _is_patient(self, slots: Ints) -> bool:
+        """Where nobody in the step goes without a mask, nobody is held up."""
+        return bool(self._masks.concerns(slots).all())
 
     def admit(self, new: Ints) -> None:
         """The slots `new` [N] hold new requests."""
@@ -258,8 +265,7 @@ class ExtraSampling:
         if self._masked is not None:
             self._masked.run(logits, slots[rows], rows, sampled_tokens)
         elif self._awaited is not None:
-            # Where nobody in the step goes without a mask, nobody is held up.
-            patient = bool(self._masks.concerns(slots).all())
+            patient = self._is_patient(slots)
             self._awaited.run(logits, slots[rows], rows, sampled_tokens, patient)
 
     def _resample_others(

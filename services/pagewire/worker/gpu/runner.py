@@ -18,8 +18,8 @@ import numpy.typing as npt
 import torch
 from msgspec.structs import astuple, replace
 from pagewire_kernels import cuda, cuda_quantized, masked_sampling
-from pagewire_kernels.awaited_masks import LATE
 from pagewire_kernels.communicator import CheckedCommunicator
+from pagewire_kernels.masked_sampling import LATE
 from pagewire_kernels.slot_state import SlotState
 from pagewire_protocol.agreed import GRAMMAR_FAILED
 from pagewire_protocol.columns import FIRST_INCARNATION, Incarnation
@@ -636,7 +636,7 @@ class GpuRunner:
         logprobs = StepLogprobs()
         sampled_slots = rows.slots[rows.sampling]
         hook = self._extra.prompt_hook(rows.slots, rows.first, rows.end, logprobs)
-        self._extra.begin(sampled_slots)
+        self._extra.begin(sampled_slots, has_prompts=True)
         decoded = self._mixed.run(rows, self._extra.host_known_len, shared, hook)
         if not len(sampled_slots):
             return LaunchedRun(None, logprobs)
