@@ -36,6 +36,7 @@ def random_state(seed: int) -> SlotState:
 def test_decode_inputs_with_padding_rows_and_long_tables():
     state = random_state(1)
     state.num_computed[3] = 0
+    state.kept_token.fill_(POISON)
     slots = torch.tensor([7, -1, 3, 0, 10, -1], dtype=torch.int32)
     whole = DecodeRows.empty(9, COLUMNS, "cpu")
     for field in fields(whole):
@@ -46,6 +47,9 @@ def test_decode_inputs_with_padding_rows_and_long_tables():
     for name in ("tokens", "positions", "mapping", "seq_lens"):
         assert torch.equal(getattr(out, name), getattr(expected, name)), name
     live = slots >= 0
+    own = slots[live].long()
+    assert torch.equal(state.kept_token[own], state.last_token[own])
+    assert int((state.kept_token == POISON).sum()) == SLOTS - len(own)
     assert torch.equal(out.sampling_params[:, live], expected.sampling_params[:, live])
     assert torch.equal(out.seeds[live], expected.seeds[live])
     for i, length in enumerate(expected.seq_lens.tolist()):
