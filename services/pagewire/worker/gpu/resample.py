@@ -52,12 +52,16 @@ class StepLogprobs:
         self, tokens: npt.NDArray[np.int32], ready: Bools | None = None
     ) -> LogprobColumns | None:
         """tokens: those of the step's rows, below 0 where the logits were not finite. ready: which
-        rows have a token, where not all have."""
+        rows have a token, where not all have: of those that turned out to have none, as well, the
+        device has given log-probabilities."""
         if self.sampled is None:
             return None
-        columns = self.sampled.columns(tokens)
         if ready is None:
-            return columns
+            return self.sampled.columns(tokens)
+        sampled = self.sampled.of_ready(ready)
+        if sampled is None:
+            return None
+        columns = sampled.columns(tokens)
         index_of = np.cumsum(ready) - 1
         rows = index_of[np.frombuffer(columns.rows, np.int32)].astype(np.int32)
         return replace(columns, rows=rows.tobytes())

@@ -443,10 +443,11 @@ class GpuRunner:
     def launch(self, step: Step) -> GpuStep:
         """See AsyncRunner."""
         with torch.inference_mode():
+            # Before a slot may have another request: streams still tell whose a token is.
+            self._learn(wait=False)
             slots, counts = self._applier.apply(step)
             for observer in self._observers:
                 observer.begin()
-            self._learn(wait=False)
             self._masks.follow(step)
             # Before `take`: a request begins on the device where it begins on the host.
             self._mirror(step)

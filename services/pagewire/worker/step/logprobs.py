@@ -16,7 +16,7 @@ from pagewire_protocol.columns import Slot
 from pagewire_protocol.messages import LogprobColumns, PromptLogprobs
 from torch import Tensor
 
-from .slots import Ints, Slots
+from .slots import Bools, Ints, Slots
 
 PROMPT_LOGITS: Final = 1 << 24
 """Logits of prompt tokens that exist at a time."""
@@ -40,6 +40,13 @@ class LogprobTensors:
         """Those of the first `count` tokens."""
         return LogprobTensors(
             self.own[:count], self.ranks[:count], self.ids[:count], self.values[:count]
+        )
+
+    def only(self, kept: Bools) -> "LogprobTensors":
+        """Those of the tokens for which `kept` [N] holds, from host memory."""
+        index = torch.from_numpy(kept)
+        return LogprobTensors(
+            self.own[index], self.ranks[index], self.ids[index], self.values[index]
         )
 
     def to_host(self) -> "LogprobTensors":
@@ -91,6 +98,14 @@ class SampledLogprobs:
     rows: Ints
     num_logprobs: Ints
     logprobs: LogprobTensors
+
+    def of_ready(self, ready: Bools) -> "SampledLogprobs | None":
+        """Without the rows of the step that turned out to have no token; `ready` [all rows]: which
+        have one. None: nothing is left. From host memory."""
+        kept = ready[self.rows]
+        if not kept.any():
+            return None
+        return SampledLogprobs(self.rows[kept], self.num_logprobs[kept], self.logprobs.only(kept))
 
     def columns(self, tokens: npt.NDArray[np.int32]) -> LogprobColumns:
         """tokens: those of all rows of the step; below 0 where the logits were not finite."""
