@@ -73,6 +73,8 @@ def catalog() -> list[Wanted]:
         *((source, {"logprobs": i % 3, "temperature": 1.0}) for i, source in enumerate("ijkl")),
         ("m", {"top_k": 20, "top_p": 0.9, "temperature": 0.8}),
         ("n", {"frequency_penalty": 0.5, "temperature": 0.9}),
+        ("r", {"repetition_penalty": 1.2, "temperature": 0.0}),
+        ("s", {"presence_penalty": 0.5, "temperature": 1.1, "logprobs": 0}),
         ("o", {"bias_ids": pack("i", [9]), "bias_values": pack("f", [3.0]), "logprobs": 1}),
         ("impossible", {"temperature": 0.0}),
         ("p", {"max_tokens": 0}),
@@ -110,7 +112,6 @@ class Independent(StandIn):
     def receive(self) -> list[FromMatcher]:
         if self.dead:
             raise MatcherGone("was killed by a test")
-        self.work()
         said, self._said = self._said, []
         return said
 
@@ -460,14 +461,13 @@ class Chaos:
 
     def run(self, requests: list[Wanted], steps: int) -> Scheduler:
         random, room = self.random, self.room
-        waiting = [(random.choice(requests), []) for _ in range(3)]
-        scheduler = Scheduler(self.runner, waiting)
-        self.runner.notify(lambda: None, lambda: None)
-        self.runner._waiter = None
+        scheduler = Scheduler(self.runner, [])
+        pending: list[Wanted] = []
         ahead = random.randrange(1, 5)
         for _ in range(steps):
             while len(scheduler.waiting) < 2:
-                scheduler.waiting.append((random.choice(requests), []))
+                pending = pending or random.sample(requests, len(requests))
+                scheduler.waiting.append((pending.pop(), []))
             for slot, held in scheduler.slots.items():
                 if not held.over and random.random() < 0.04:
                     if random.random() < 0.3:
@@ -500,6 +500,7 @@ class Chaos:
             scheduler.step(99, set())
             self.room.clock.now += 1.0
             scheduler.read(2)
+            self.room.work()
             if not scheduler.waiting and all(held.over for held in scheduler.slots.values()):
                 break
         scheduler.read(0)
