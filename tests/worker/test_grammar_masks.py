@@ -381,6 +381,23 @@ def test_a_token_of_a_stream_whose_process_has_ended_is_told_to_the_next() -> No
     assert np.flatnonzero(bits).tolist() == allowed("a", [first], VOCAB)
 
 
+def test_a_token_of_a_mask_that_only_a_device_has_looked_at_is_told_to_the_matcher() -> None:
+    """Nobody has asked whether the mask is there: it is found with the token."""
+    room = Room(SLOTS, VOCAB)
+    room.masks.admit(0, grammar("a"), np.zeros(0, np.int32))
+    slots = np.array([0])
+    opening = room.masks._pool.openings(slots).item()
+    output: list[int] = []
+    for looked in (1, 2, 3):
+        room.processes[0].receive()  # it writes
+        output.append(allowed("a", output, VOCAB)[0])
+        room.masks.append(room.masks.keys(slots), np.array(output[-1:], np.int32))
+        assert room.processes[0].looked == looked
+    assert room.masks._pool.openings(slots).item() == opening, "not opened again"
+    assert room.masks.ready(slots, np.array([3])).all()
+    assert mask_of(room, 0) == allowed("a", output, VOCAB)
+
+
 def test_what_is_given_up_is_not_handed_to_another_matcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """And one that ended while it had no streams is started again when it is needed."""
     monkeypatch.setattr(matcher_pool, "CROWDED", 2)
