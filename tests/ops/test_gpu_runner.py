@@ -11,6 +11,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 from pagewire.config import ModelConfig, SchedulerConfig, WorkerConfig
+from pagewire.grammar.shared import SharedMasks
 from pagewire.worker.cpu.runner import Runner
 from pagewire.worker.gpu import runner as gpu_runner
 from pagewire.worker.gpu.runner import RING, GpuRunner
@@ -297,6 +298,25 @@ def test_rows_that_turn_out_to_be_late_with_later_steps_under_way_lose_nothing(
     masks = Room(SLOTS, 300, late, 6).masks
     runner = on_gpu(masks=masks)
     assert tokens_by_grammars(runner, 4, admitted) == wanted
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")
+@pytest.mark.parametrize("sees", [True, False])
+def test_the_host_brings_masks_that_the_device_does_not_see(
+    on_gpu, path, monkeypatch, caplog, sees
+) -> None:
+    wanted = tokens_by_grammars(_cpu_runner(path, Room(SLOTS, 300).masks), 0, 2)
+    runner = on_gpu(masks=Room(SLOTS, 300, 0.3, 7).masks)
+    if not sees:  # it reads other memory
+        elsewhere = SharedMasks(4, 10, 1, 0)
+        addresses = elsewhere.tag_addresses(np.arange(4))
+        monkeypatch.setattr(
+            SharedMasks, "tag_addresses", lambda self, places: addresses[places % 4]
+        )
+    runner._extra.check()
+    assert (runner._extra._awaited is not None) == sees
+    assert ("the host brings masks" in caplog.text) != sees
+    assert tokens_by_grammars(runner, 2, 2) == wanted
 
 
 def tokens_by_grammars(runner: Any, ahead: int, later: int) -> list[list[int]]:
