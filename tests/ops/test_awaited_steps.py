@@ -1,7 +1,7 @@
-"""Steps whose masks the device takes itself, under everything that may come between: requests that end,
-are aborted or preempted while steps run them, matchers that are late, hear late or die. The GPU's
-runner on the CPU, driven by a small scheduler; each token must be the one that the request gets
-when it runs alone."""
+"""Steps whose masks the device takes itself, under everything that may come between: requests that
+end, are aborted or preempted while steps run them, matchers that are late, hear late or die. The
+GPU's runner on the CPU, driven by a small scheduler; each token must be the one that the request
+gets when it runs alone."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -99,7 +99,7 @@ def catalog() -> list[Wanted]:
 
 
 class Independent(StandIn):
-    """Hears what it is sent, and writes, when a test lets it work, whatever its worker does then."""
+    """Hears what it is sent, and writes, when a test lets it work, whatever its worker does."""
 
     def __init__(self, start: Start, shared: SharedMasks, late: float, random: Random) -> None:
         super().__init__(start, shared, late, random)
