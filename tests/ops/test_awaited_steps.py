@@ -1,7 +1,7 @@
-"""Steps whose masks the device takes itself, under everything that may come between: requests that end,
-are aborted or preempted while steps run them, matchers that are late, hear late or die. The GPU's
-runner on the CPU, driven by a small scheduler; each token must be the one that the request gets
-when it runs alone."""
+"""Steps whose masks the device takes itself, under everything that may come between: requests that
+end, are aborted or preempted while steps run them, matchers that are late, hear late or die. The
+GPU's runner on the CPU, driven by a small scheduler; each token must be the one that the request
+gets when it runs alone."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -99,7 +99,7 @@ def catalog() -> list[Wanted]:
 
 
 class Independent(StandIn):
-    """Hears what it is sent, and writes, when a test lets it work, whatever its worker does then."""
+    """Hears what it is sent, and writes, when a test lets it work, whatever its worker does."""
 
     def __init__(self, start: Start, shared: SharedMasks, late: float, random: Random) -> None:
         super().__init__(start, shared, late, random)
@@ -514,3 +514,22 @@ def test_each_request_gets_what_it_gets_alone_whatever_happens_to_matchers_and_s
     chaos = Chaos(path, monkeypatch, seed)
     scheduler = chaos.run(requests, 50)
     assert len(scheduler.done) > 5 and scheduler.late > 5 and scheduler.beyond > 5
+
+
+def test_what_a_slot_s_earlier_request_was_late_for_is_not_counted_for_the_next_one(
+    path, monkeypatch, requests
+) -> None:
+    """The step is done, and nobody has looked at it when the next one brings another request."""
+    monkeypatch.setattr(gpu_runner.torch.cuda, "Event", gpu_on_cpu.Event)
+    loaded = loader.load(path, ModelConfig(), CONFIG, lambda stage, fraction: None)
+    parts = gpu_on_cpu.parts(loaded, SLOTS, Room(SLOTS, VOCAB, late=1.0).masks, awaits=True)
+    runner = GpuRunner(parts, StepCost(1.0, 0.0, 0.0), 7, [])
+    held = next(request for request in requests if request.source == "a")
+    free = next(request for request in requests if request.source is None and request.length)
+    scheduler = Scheduler(runner, [(held, [])])
+    scheduler.step(99, set())
+    scheduler.slots[0].over = True
+    scheduler.waiting.append((free, []))
+    while free not in scheduler.done:
+        scheduler.step(99, set())
+        scheduler.read(1)
