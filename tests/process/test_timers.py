@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from pagewire.process.timers import (
@@ -38,7 +39,11 @@ def in_child(code: str) -> str:
     """What the code prints, in a process of its own: what is set stays set."""
     head = "from process.test_timers import *\nfrom pagewire.process.timers import wake_as_usual\n"
     done = subprocess.run(
-        [sys.executable, "-c", head + code], capture_output=True, text=True, check=False
+        [sys.executable, "-c", head + code],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -108,4 +108,4 @@ def test_what_later_stages_compute_keeps_no_step_waiting():
     made.sent(3, 10.0, 10.0, True)
     made.returned(1, 10.08)
     made.sent(4, 20.0, 10.08, True)
-    assert made.due() == pytest.approx(10.08 + (0.8 * 20 - 2.5) / 1000)
+    assert made.due() == pytest.approx(10.08 + (0.8 * 20 - 4) / 1000)

@@ -483,14 +483,13 @@ class GpuRunner:
 
     def _learn(self, wait: bool = False) -> None:
         """Tell the grammars the tokens of steps that are done; with `wait`, of all steps."""
-        has_learned = False
+        if not self._unlearned or not (wait or self._unlearned[0].handle.event.query()):
+            return
+        self._masks.look()  # before tokens are told to a process that has ended
         while self._unlearned and (wait or self._unlearned[0].handle.event.query()):
             part = self._unlearned.popleft()
             part.handle.event.synchronize()
             self._learn_from(part)
-            has_learned = True
-        if has_learned:
-            self._masks.look()
 
     def _learn_from(self, part: GrammarRows) -> None:
         tokens = part.handle.sampled_tokens.numpy()[part.rows]

@@ -236,11 +236,10 @@ class GrammarMasks:
         return keys, np.where(has, shared.tag_addresses(places), 0), shared.mask_addresses(places)
 
     def look(self) -> None:
-        """Take what matchers have said; end those that hang."""
-        self._pool.receive()
-        if self._pool.is_look_due:
-            self._take()
-            self._pool.look()
+        """Take the masks that are there and what matchers have said; end those that hang. Masks
+        first: what a process that has ended did not come to may be what ended it."""
+        self._take()
+        self._receive()
 
     def are_slow(self, slots: Ints) -> bool:
         """Whether none of `slots` [R], of which each waits for a mask, is likely to have one soon."""
