@@ -30,14 +30,16 @@ BLOCK: Final = 2048
 """Words of a mask that are copied together."""
 SLOTS: Final = 1024
 """That `begin` looks at together."""
+LONGEST_NS: tl.constexpr = tl.constexpr(50_000_000)
+"""Most that a row is waited for, however long its step took."""
 
 
 @dataclass
 class AwaitedRows:
     """G rows of a step. rows, slots, prompt_lens int32 [G]: which rows of the logits they are,
     whose, and how many tokens of each slot are prompt. tag_keys, tag_at, mask_at int64 [G]: the upper
-    half of the tag that each wants (NO_TAG: none), the address of its tag in the host's memory, and
-    that of its mask. values float32 [PARAMETERS, G], seeds int64 [G]: sampling parameters."""
+    half of the tag that each wants, the address of its tag in the host's memory (or NOWHERE), and
+    that of its mask, which has whole pieces of 16 bytes. values float32 [PARAMETERS, G], seeds int64 [G]: sampling parameters."""
 
     rows: Tensor
     slots: Tensor
@@ -180,7 +182,7 @@ def _take(slots, prompt_lens, tag_keys, tag_at, mask_at, num_computed, words, po
         there = _acquired(address, ON_DEVICE) == tag
         if PATIENT and ON_DEVICE:
             began = now()
-            computing = began - tl.load(clock)
+            computing = tl.minimum(began - tl.load(clock), LONGEST_NS)
             waits = there == 0
             while waits:
                 _nap()
