@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .masked_sampling import ALIGNED, LateRows, MaskedSamplingRows
+from .masked_sampling import LateRows, Layout, MaskedSamplingRows, columns, columns_bytes
 from .sampling_map import PARAMETERS, SamplingRows
 from .signals import now
 from .slot_state import SlotState
@@ -53,26 +53,16 @@ class AwaitedRows:
     @classmethod
     def num_bytes(cls, most: int) -> int:
         """Of memory for `most` rows."""
-        return sum(_aligned(rows * most * dtype.itemsize) for dtype, rows in _COLUMNS)
+        return columns_bytes(most, _COLUMNS)
 
     @classmethod
     def views(cls, memory: Tensor, most: int) -> "AwaitedRows":
         """The parts of `memory`, uint8 of num_bytes(most) on any device."""
-        at = 0
-        parts: list[Tensor] = []
-        for dtype, rows in _COLUMNS:
-            size = rows * most * dtype.itemsize
-            parts.append(memory[at : at + size].view(dtype).view(rows, most))
-            at += _aligned(size)
-        longs, values, ints = parts
+        longs, values, ints = columns(memory, most, _COLUMNS)
         return cls(*ints.unbind(0), *longs.unbind(0), values)
 
 
-_COLUMNS: Final = ((torch.int64, 4), (torch.float32, len(PARAMETERS)), (torch.int32, 3))
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNED) * ALIGNED
+_COLUMNS: Final[Layout] = ((torch.int64, 4), (torch.float32, len(PARAMETERS)), (torch.int32, 3))
 
 
 @dataclass

@@ -26,6 +26,8 @@ BLOCK: Final = 1024
 """Logits that a program looks at together."""
 ALIGNED: Final = 16
 """Bytes: where the parts of the one piece begin."""
+Layout = tuple[tuple[torch.dtype, int], ...]
+"""Of memory that is brought to the device in one piece: columns of each dtype."""
 LATE: Final = -2
 """In place of a token, of a row that goes without one."""
 
@@ -46,19 +48,14 @@ class MaskedSamplingRows:
     @classmethod
     def num_bytes(cls, most: int, words: int, count: int) -> int:
         """Bytes before the end of the `count`th mask, in memory for `most` rows and masks."""
-        return _head_bytes(most) + 4 * words * count
+        return columns_bytes(most, _HEAD) + 4 * words * count
 
     @classmethod
     def views(cls, memory: Tensor, most: int, words: int) -> "MaskedSamplingRows":
         """The parts of `memory`, uint8 of num_bytes(most, words, most) on any device, for `most`
         rows and masks. Masks come last: of fewer, the beginning is all that is needed."""
-        at = 0
-        parts: list[Tensor] = []
-        for dtype, rows in _HEAD:
-            size = rows * most * dtype.itemsize
-            parts.append(memory[at : at + size].view(dtype).view(rows, most))
-            at += _aligned(size)
-        longs, values, ints = parts
+        longs, values, ints = columns(memory, most, _HEAD)
+        at = columns_bytes(most, _HEAD)
         masks = memory[at : at + 4 * words * most].view(torch.int32).view(most, words)
         sampling = SamplingRows(values, longs[0], longs[1], False)
         return cls(ints[0], ints[1], ints[2], masks, sampling)
@@ -92,16 +89,28 @@ class LateRows:
 
 
 _NONE_LATE: Final = (None, None, None)
-_HEAD: Final = ((torch.int64, 2), (torch.float32, len(PARAMETERS)), (torch.int32, 3))
+_HEAD: Final[Layout] = ((torch.int64, 2), (torch.float32, len(PARAMETERS)), (torch.int32, 3))
 """What comes before the masks: seeds and positions, sampling parameters, indices."""
+
+
+def columns(memory: Tensor, most: int, layout: Layout) -> list[Tensor]:
+    """Parts of `memory`, uint8 of columns_bytes(most, layout) or more: [columns, most] of each dtype."""
+    at = 0
+    parts: list[Tensor] = []
+    for dtype, count in layout:
+        size = count * most * dtype.itemsize
+        parts.append(memory[at : at + size].view(dtype).view(count, most))
+        at += _aligned(size)
+    return parts
+
+
+def columns_bytes(most: int, layout: Layout) -> int:
+    """Of memory for `columns`."""
+    return sum(_aligned(count * most * dtype.itemsize) for dtype, count in layout)
 
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGNED) * ALIGNED
-
-
-def _head_bytes(most: int) -> int:
-    return sum(_aligned(rows * most * dtype.itemsize) for dtype, rows in _HEAD)
 
 
 @triton.jit

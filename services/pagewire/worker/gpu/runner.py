@@ -451,7 +451,7 @@ class GpuRunner:
             self._masks.follow(step)
             # Before `take`: a request begins on the device where it begins on the host.
             self._mirror(step)
-            if self._unlearned and not self._slots.decode(slots, counts):
+            if self._unlearned and not self._slots.are_decodes(slots, counts):
                 # Steps with prompts are computed by the host's numbers.
                 self._learn(wait=True)
                 self._meanwhile()

@@ -207,7 +207,7 @@ class Slots:
         whose last token it computes, unless they want none."""
         return (end == self.num_tokens[slots]) & ~self.prefill_only[slots]
 
-    def decode(self, slots: Ints, counts: Ints) -> bool:
+    def are_decodes(self, slots: Ints, counts: Ints) -> bool:
         """Whether each of `slots` [N], of which a step is to compute counts[i] tokens, computes its
         last one alone, and samples the next. Raises BadStep."""
         self._check(slots)
