@@ -3,9 +3,10 @@ device takes them when the step's logits are there, so that nobody who launches 
 
 Of each row a tag, one word in that memory, says whose mask there is and for which position; it is
 written after the mask. A row whose mask is not there in time is late: it gets no token, and its slot
-is put back to where it was before the step. `take` comes behind what computes the step, and then
-`masked_sampling.sample_masked`; `begin` comes before the step where rows are waited for or prompts
-computed.
+is put back to where it was before the step. The tokens of the others go to that memory as well, each
+before a tag of its own: the same word as that of its mask. `take` comes behind what computes the
+step, and then `masked_sampling.sample_masked`; `begin` comes before the step where rows are waited
+for or prompts computed.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
@@ -92,9 +93,20 @@ class TakenMasks:
             torch.zeros(2, dtype=torch.int64, device=device),
         )
 
-    def late_rows(self, count: int, state: SlotState) -> LateRows:
-        """Of the first `count` rows."""
-        return LateRows(self.late[:count], state.kept_token, state.num_computed)
+    def late_rows(
+        self, awaited: AwaitedRows, count: int, state: SlotState, told_offsets: tuple[int, int]
+    ) -> LateRows:
+        """Of the first `count` rows; told_offsets: bytes from the tag of a row's mask to where its
+        token is written, and to the token's tag."""
+        return LateRows(
+            self.late[:count],
+            state.kept_token,
+            state.num_computed,
+            awaited.tag_keys[:count],
+            awaited.tag_at[:count],
+            awaited.prompt_lens[:count],
+            *told_offsets,
+        )
 
     def sampled(self, awaited: AwaitedRows, count: int, filtered: bool) -> MaskedSamplingRows:
         """The first `count` rows as they are sampled; filtered: some restrict the vocabulary."""

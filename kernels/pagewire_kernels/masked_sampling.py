@@ -81,14 +81,29 @@ class MaskedSamplingRows:
 class LateRows:
     """Which of the G rows go without a token: late int32 [G], 1 for those. Their slots are put back
     to where they were before the step: kept_token int32 [S], their last tokens then; num_computed
-    int32 [S], which the step has counted up."""
+    int32 [S], which the step has counted up.
+
+    Of the others, tokens are written to the host's memory, where their next masks are computed, and
+    then their tags. tag_keys, tag_at int64 [G], prompt_lens int32 [G]: see
+    awaited_masks.AwaitedRows; token_offset, told_offset: bytes from the tag of a row's mask to its
+    token and to the token's tag."""
 
     late: Tensor
     kept_token: Tensor
     num_computed: Tensor
+    tag_keys: Tensor
+    tag_at: Tensor
+    prompt_lens: Tensor
+    token_offset: int
+    told_offset: int
+
+    def arguments(self) -> tuple[Tensor | int, ...]:
+        """In order, of the kernel."""
+        return (self.late, self.kept_token, self.num_computed, self.tag_keys, self.tag_at, self.prompt_lens,
+                self.token_offset, self.told_offset)  # fmt: skip
 
 
-_NONE_LATE: Final = (None, None, None)
+_NONE_LATE: Final = (None,) * 8
 _HEAD: Final[Layout] = ((torch.int64, 2), (torch.float32, len(PARAMETERS)), (torch.int32, 3))
 """What comes before the masks: seeds and positions, sampling parameters, indices."""
 
@@ -127,9 +142,28 @@ def _gather(logits, rows, masks, words, out, width, stride, num_words, BLOCK: tl
     tl.store(out + held * width + i, x, mask=inside)
 
 
+@triton.jit
+def _tell(token_address, token, tag_address, tag, ON_DEVICE: tl.constexpr):
+    """Write to the host's memory; who sees the tag there sees the token."""
+    if ON_DEVICE:
+        # All threads write the same, each in this order: no other one need be waited for.
+        tl.inline_asm_elementwise(
+            "st.relaxed.sys.global.b64 [$1], $2; st.release.sys.global.b64 [$3], $4; mov.u32 $0, 0;",
+            "=r,l,l,l,l",
+            [token_address, token, tag_address, tag],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.store(token_address.to(tl.pointer_type(tl.int64)), token)
+        tl.store(tag_address.to(tl.pointer_type(tl.int64)), tag)
+
+
 @triton.jit(do_not_specialize=["slices"])
 def _sample_masked(logits, rows, slots, masks, words, thresholds, temperatures, seeds, positions, numbers, ids, arrived,
-                   last_token, sampled_tokens, late, kept_token, num_computed, width, stride, num_words, slices,
+                   last_token, sampled_tokens, late, kept_token, num_computed, tag_keys, tag_at, prompt_lens,
+                   token_offset, told_offset, width, stride, num_words, slices,
                    S_PAD: tl.constexpr, BLOCK: tl.constexpr, FILTERED: tl.constexpr, FAST: tl.constexpr,
                    MAY_BE_LATE: tl.constexpr, LATE: tl.constexpr):  # fmt: skip
     held = tl.program_id(0).to(tl.int64)
@@ -177,6 +211,12 @@ def _sample_masked(logits, rows, slots, masks, words, thresholds, temperatures, 
             result = tl.where(is_late, LATE, result)
             computed = tl.load(num_computed + slot)
             tl.store(num_computed + slot, tl.where(is_late, computed - 1, computed))
+            address = tl.load(tag_at + held)
+            if (result >= 0) & (address != 0):
+                tag = tl.load(tag_keys + held) | (computed - tl.load(prompt_lens + held) + 1).to(
+                    tl.int64
+                )
+                _tell(address + token_offset, result.to(tl.int64), address + told_offset, tag, FAST)
         tl.store(last_token + slot, token)
         tl.store(sampled_tokens + row, result)
 
@@ -191,7 +231,8 @@ def sample_masked(
     """One token for each of `held`, from its row of logits [R, V] (float32, float16 or bfloat16;
     rows may be strided). sampled_tokens int32 [R]: the rows' tokens, -1 where an allowed logit is
     NaN, LATE of those that go without; last_token int32 [S]: their slots' too, always a token. Rows
-    and slots differ. late: which ones go without a token; None: none."""
+    and slots differ. late: which ones go without a token, and where the others' are written besides;
+    None: none, and nowhere."""
     count, width = held.rows.shape[0], logits.shape[1]
     num_words = held.words.shape[1]
     slices = slices_of(count, width, BLOCK)
@@ -214,8 +255,9 @@ def sample_masked(
             BLOCK=4096,
         )
         least = thresholds(left, sampling)
+    kept = _NONE_LATE if late is None else late.arguments()
     _sample_masked[(count, slices)](logits, held.rows, held.slots, held.masks, held.words, least, sampling.temperature,
         sampling.seeds, sampling.positions, numbers, ids, counters(device, "masked sampling", count), last_token,
-        sampled_tokens, *(_NONE_LATE if late is None else (late.late, late.kept_token, late.num_computed)), width,
-        logits.stride(0), num_words, slices, S_PAD=triton.next_power_of_2(slices), BLOCK=BLOCK,
-        FILTERED=sampling.filtered, FAST=device.type == "cuda", MAY_BE_LATE=late is not None, LATE=LATE, num_warps=4)  # fmt: skip
+        sampled_tokens, *kept, width, logits.stride(0), num_words, slices, S_PAD=triton.next_power_of_2(slices),
+        BLOCK=BLOCK, FILTERED=sampling.filtered, FAST=device.type == "cuda", MAY_BE_LATE=late is not None, LATE=LATE,
+        num_warps=4)  # fmt: skip

@@ -26,9 +26,10 @@ FD_SETSIZE = 1024
 class Worker:
     """What a worker knows of its matcher process."""
 
-    def __init__(self) -> None:
+    def __init__(self, device_tells: bool = False) -> None:
         self.shared = SharedMasks(2, mask_words(VOCAB), 1, 0)
-        start = Start(ModelConfig(model=str(demo_gguf())), VOCAB, EOS, 2)
+        model = ModelConfig(model=str(demo_gguf()))
+        start = Start(model, VOCAB, EOS, 2, device_tells=device_tells)
         self.process = MatcherProcess(start, self.shared)
 
     def send(self, *messages: ToMatcher) -> None:
@@ -36,11 +37,12 @@ class Worker:
         for message in messages:
             self.process.send(message)
 
-    def tell(self, place: int, key: int, position: int, token: int) -> None:
+    def tell(self, place: int, key: int, position: int, token: int, says_so: bool = True) -> None:
         """The next token of the stream `key`."""
         places, keys = np.array([place]), np.array([key], np.uint64)
         self.shared.tell(places, keys, np.array([position]), np.array([token], np.int32))
-        self.process.look()
+        if says_so:
+            self.process.look()
 
     def mask(self, place: int, key: int, position: int) -> list[int]:
         """The tokens that the mask of `place` allows, once it is that of this stream and
@@ -111,6 +113,28 @@ def test_a_token_for_another_position_or_stream_changes_nothing(worker: Worker) 
     worker.tell(1, 2, 0, A)
     assert B in worker.mask(1, 2, 1)
     assert worker.shared.tags[0] == tag_of(1, 0)
+
+
+def test_what_a_device_tells_is_found_without_a_message(worker: Worker) -> None:
+    """Right away and after a while, in which messages are heard too."""
+    worker.process.close()
+    worker = Worker(device_tells=True)
+    try:
+        worker.send(Open(1, 0, GRAMMAR, b""))
+        assert A in worker.mask(0, 1, 0)
+        worker.tell(0, 1, 0, A, says_so=False)
+        assert B in worker.mask(0, 1, 1)
+        time.sleep(0.3)
+        worker.send(Open(2, 1, GRAMMAR, b""))
+        assert A in worker.mask(1, 2, 0)
+        worker.tell(0, 1, 1, B, says_so=False)
+        worker.tell(1, 2, 0, A, says_so=False)
+        assert C in worker.mask(0, 1, 2) and B in worker.mask(1, 2, 1)
+        worker.send(Close((1, 2)))
+        worker.send(Open(3, 0, GRAMMAR, b""))
+        assert A in worker.mask(0, 3, 0)
+    finally:
+        worker.process.close()
 
 
 @pytest.mark.skipif(

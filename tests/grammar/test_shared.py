@@ -31,8 +31,7 @@ class Order:
     def __call__(self) -> None:
         memory = self._memory
         columns: tuple[Any, ...] = (
-            memory.told_tokens[PLACE], memory.told_positions[PLACE], memory.told_keys[PLACE],
-            memory.tags[PLACE], memory.forced_counts[PLACE],
+            memory.told_tokens[PLACE], memory.told_tags[PLACE], memory.tags[PLACE], memory.forced_counts[PLACE],
         )  # fmt: skip
         self.seen.append(tuple(map(int, columns)))
 
@@ -45,10 +44,10 @@ def test_what_says_that_something_is_there_is_written_last(monkeypatch: pytest.M
     places.open(KEY, PLACE)
     places.write(KEY, PLACE, 2, [5, 6])
     opened = tag_of(KEY, NO_POSITION)
-    assert order.seen == [(0, 0, 0, opened, 0), (0, 0, 0, opened, 2)]
+    assert order.seen == [(0, 0, opened, 0), (0, 0, opened, 2)]
     assert memory.tags[PLACE] == tag_of(KEY, 2)
     memory.tell(np.array([PLACE]), np.array([KEY], np.uint64), np.array([2]), np.array([TOKEN]))
-    assert order.seen[2:] == [(TOKEN, 0, 0, tag_of(KEY, 2), 2)]
+    assert order.seen[2:] == [(TOKEN, 0, tag_of(KEY, 2), 2)]
 
 
 def test_what_says_that_something_is_there_is_read_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,8 +56,7 @@ def test_what_says_that_something_is_there_is_read_first(monkeypatch: pytest.Mon
     places = Places(memory, 0)
     places.open(KEY, PLACE)
     places.write(KEY, PLACE, 0, [])
-    memory.told_positions[PLACE] = 0
-    memory.told_keys[PLACE] = KEY
+    memory.told_tags[PLACE] = tag_of(KEY, 0)
     monkeypatch.setattr(shared, "fence", lambda: memory.told_tokens.__setitem__(PLACE, TOKEN))
     assert places.told() == ([KEY], [TOKEN])
 

@@ -53,7 +53,7 @@ class Step:
         self.state.last_token.fill_(9)
         awaited_masks.take(self.rows, count, True, self.state, self.taken)
         held = self.taken.sampled(self.rows, count, False)
-        late_rows = self.taken.late_rows(count, self.state)
+        late_rows = self.taken.late_rows(self.rows, count, self.state, self.shared.told_offsets)
         logits = torch.zeros(MOST, 32 * self.shared.masks.shape[1])
         sample_masked(logits, held, self.state.last_token, sampled_tokens, late_rows)
         late = self.taken.late[:count]

@@ -295,9 +295,12 @@ def test_rows_that_turn_out_to_be_late_with_later_steps_under_way_lose_nothing(
     prompts come between."""
     monkeypatch.setattr(gpu_runner.torch.cuda, "Event", gpu_on_cpu.SlowEvent)
     wanted = tokens_by_grammars(_cpu_runner(path, Room(SLOTS, 300).masks), 0, admitted)
-    masks = Room(SLOTS, 300, late, 6).masks
-    runner = on_gpu(masks=masks)
+    room = Room(SLOTS, 300, late, 6)
+    runner = on_gpu(masks=room.masks)
     assert tokens_by_grammars(runner, 4, admitted) == wanted
+    # The device has told matchers the tokens, and nobody else had to.
+    assert {process.looked for process in room.processes} == {0}
+    assert next(room.masks._pool._openings) == SLOTS + 1
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")

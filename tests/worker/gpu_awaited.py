@@ -5,7 +5,7 @@
 Masks that the device takes out of the host's memory (pagewire_kernels/awaited_masks.py), written by
 another process meanwhile: each one that is taken is whole and the one that its tag names, also while
 its place goes from stream to stream; patient rows get theirs while the device waits, others are
-late; slots of late rows are put back. Then what it takes for 256 rows, and how soon a mask is taken
+late; slots of late rows are put back, and tokens of the others are told in that memory. Then what it takes for 256 rows, and how soon a mask is taken
 once it is written. One line tells the verdict; the exit status is 0 when all is well.
 """
 
@@ -118,6 +118,8 @@ class Step:
         self.state.last_token[:] = 100
         self.sampled_tokens.fill_(9)
         self.taken.words.fill_(-7)
+        self.shared.told_tags[:] = 0
+        self.shared.told_tokens[:] = -7
 
     def want(self, keys: np.ndarray) -> None:
         """The masks of these streams [PLACES]."""
@@ -185,7 +187,7 @@ def waits(words: int, patient: bool) -> str:
         step.state.last_token.fill_(9)
         step.take(PLACES, patient)
         held = step.taken.sampled(step.rows, PLACES, False)
-        late_rows = step.taken.late_rows(PLACES, step.state)
+        late_rows = step.taken.late_rows(step.rows, PLACES, step.state, step.shared.told_offsets)
         logits = torch.zeros(PLACES, 32 * words, device="cuda")
         sample_masked(logits, held, step.state.last_token, step.sampled_tokens, late_rows)
         torch.cuda.synchronize()
@@ -202,12 +204,17 @@ def waits(words: int, patient: bool) -> str:
         and (last == np.where(late, 100, first)).all()
         and (computed == np.where(late, -1, 0)).all()
     )
+    places = np.arange(PLACES)
+    told = bool(
+        (step.shared.told_tags == np.where(late, 0, tag_of(keys, places))).all()
+        and (step.shared.told_tokens == np.where(late, -7, first)).all()
+    )
     writer.close()
     step.close()
     print(
-        f"{words} words, {patient=}: {int(late.sum())} of {PLACES} late, {wrong} wrong, {settled=}"
+        f"{words} words, {patient=}: {int(late.sum())} of {PLACES} late, {wrong} wrong, {settled=}, {told=}"
     )
-    return "" if settled and not wrong else "waiting rows"
+    return "" if settled and told and not wrong else "waiting rows"
 
 
 def times(words: int) -> None:

@@ -398,6 +398,71 @@ def test_a_token_of_a_mask_that_only_a_device_has_looked_at_is_told_to_the_match
     assert mask_of(room, 0) == allowed("a", output, VOCAB)
 
 
+def tell_as_device(room: Room, opening: np.uint64, position: int, token: int) -> None:
+    """What a device writes for slot 0 once it has sampled `token`."""
+    pool = room.masks._pool
+    pool.shared.tell(
+        pool.place_of[:1], np.array([opening]), np.array([position]), np.array([token])
+    )
+
+
+def test_what_a_device_has_told_a_matcher_is_not_told_again() -> None:
+    """The matcher may be two tokens further by the time that the host hears of the first."""
+    room = Room(SLOTS, VOCAB)
+    room.masks.admit(0, grammar("a"), np.zeros(0, np.int32))
+    slots, keys = np.array([0]), room.masks.keys(np.array([0]))
+    opening = room.masks.openings(slots)
+    output: list[int] = []
+    for position in range(6):
+        output.append(allowed("a", output, VOCAB)[0])
+        room.processes[0].receive()  # it writes the mask
+        tell_as_device(room, opening[0], position, output[-1])
+        if position % 3 == 2:
+            for token in output[position - 2 :]:
+                room.masks.append(keys, np.array([token], np.int32), opening)
+    assert room.masks.ready(slots, np.array([6])).all()
+    assert mask_of(room, 0) == allowed("a", output, VOCAB)
+    assert room.processes[0].looked == 0 and room.masks.openings(slots) == opening
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_what_a_device_has_told_an_earlier_opening_is_told_to_the_present_one(is_there) -> None:
+    """The stream has gone elsewhere meanwhile, with or without the mask of that position."""
+    room = Room(SLOTS, VOCAB)
+    room.masks.admit(0, grammar("a"), np.zeros(0, np.int32))
+    slots, keys = np.array([0]), room.masks.keys(np.array([0]))
+    earlier = room.masks.openings(slots)
+    room.processes[0].receive()
+    token = allowed("a", [], VOCAB)[0]
+    tell_as_device(room, earlier[0], 0, token)
+    pool = room.masks._pool
+    pool.remove(stream := room.masks._streams[0])
+    room.masks._lose([stream])
+    pool._hand(stream)
+    if is_there:
+        room.processes[0].receive()
+    room.masks.append(keys, np.array([token], np.int32), earlier)
+    assert room.masks.ready(slots, np.array([1])).all()
+    assert mask_of(room, 0) == allowed("a", [token], VOCAB)
+
+
+def test_a_matcher_owes_a_mask_for_what_a_device_has_told_it() -> None:
+    """And is ended when it hangs there."""
+    room = Room(SLOTS, VOCAB)
+    room.masks.admit(0, grammar("a"), np.zeros(0, np.int32))
+    slots, keys = np.array([0]), room.masks.keys(np.array([0]))
+    room.masks.look()
+    assert not np.isfinite(room.masks._pool.owed_since(slots)).any()
+    room.processes[0]._late = 1.0
+    token = allowed("a", [], VOCAB)[0]
+    tell_as_device(room, room.masks.openings(slots)[0], 0, token)
+    room.masks.append(keys, np.array([token], np.int32), room.masks.openings(slots))
+    assert np.isfinite(room.masks._pool.owed_since(slots)).all()
+    room.clock.now += HANG_S + 1
+    room.masks.look()
+    assert room.processes[0].dead
+
+
 def test_what_is_given_up_is_not_handed_to_another_matcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """And one that ended while it had no streams is started again when it is needed."""
     monkeypatch.setattr(matcher_pool, "CROWDED", 2)

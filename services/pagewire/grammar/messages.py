@@ -22,7 +22,7 @@ class Part(msgspec.Struct, frozen=True, array_like=True, tag=True):
 class Start(Part, frozen=True):
     """The first one: what the process matches for. `places`: of its streams, 0: it only checks.
     `max_forced`: most tokens of a forced run. `processes`: of the worker, of which this is number
-    `index`."""
+    `index`. `device_tells`: tokens may be told without a Look."""
 
     model: ModelConfig
     vocab_size: int
@@ -31,6 +31,7 @@ class Start(Part, frozen=True):
     max_forced: int = 0
     processes: int = 1
     index: int = 0
+    device_tells: bool = False
 
 
 class Check(Part, frozen=True):

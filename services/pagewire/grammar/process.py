@@ -19,7 +19,7 @@ from typing import Final
 import numpy as np
 
 from pagewire.process.parent import die_with_parent
-from pagewire.process.timers import wake_as_usual
+from pagewire.process.timers import sleep_precisely, wake_as_usual
 
 from .compiler import Compiler
 from .errors import GrammarError
@@ -39,6 +39,7 @@ from .messages import (
     framed,
     mask_words,
 )
+from .pace import Pace
 from .shared import Places, SharedMasks
 from .stream import FrameReader
 from .vocabulary import load_vocabulary
@@ -53,6 +54,9 @@ LOOK_S: Final = 0.0001
 HEAR_S: Final = 0.002
 """The same at what the service says: where masks take longer than its steps, there is always one to
 be computed."""
+SLEEP_S: Final = 0.002
+"""A longer wait ends with the first message. Shorter ones are not a whole number of milliseconds, as
+`poll` has them."""
 PATIENCE: Final = 4.0
 """How many times its own duration a mask waits behind those that were wanted after it."""
 COMPILER_STACK: Final = 256 << 20
@@ -88,6 +92,8 @@ class Process:
         self._compiled: queue.SimpleQueue[Check | Open] = queue.SimpleQueue()
         self._opened: list[int] = []
         """Streams that wait for their first masks, by key."""
+        self._pace: Pace | None = None
+        """Where a device tells tokens."""
         self._pool = ThreadPoolExecutor(COMPILING, thread_name_prefix="compile")
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
@@ -98,13 +104,24 @@ class Process:
     def serve(self) -> None:
         """Until the socket ends."""
         while True:
-            self._hear(wait=True)
+            self._hear(self._pause_s())
             if self._matchers is not None and self._places is not None:
                 self._write(self._matchers, self._places)
 
-    def _hear(self, wait: bool) -> None:
-        """Take what the service says and what has been compiled; `wait` until there is some."""
-        ready = [fileno for fileno, _ in self._poll.poll(None if wait else 0)]
+    def _pause_s(self) -> float | None:
+        """Until something may have been told of which no message tells."""
+        if self._pace is None or self._places is None or not self._places.any:
+            return None
+        return self._pace.pause_s(time.perf_counter())
+
+    def _hear(self, wait_s: float | None) -> None:
+        """Take what the service says and what has been compiled; wait so long until there is some,
+        or, None, for as long as it takes."""
+        if wait_s is not None and 0 < wait_s < SLEEP_S:
+            time.sleep(wait_s)
+            wait_s = 0.0
+        limit = None if wait_s is None else int(1000 * wait_s)
+        ready = [fileno for fileno, _ in self._poll.poll(limit)]
         if self._woken.fileno() in ready:
             self._woken.recv(4096)
             self._take_compiled()
@@ -149,6 +166,9 @@ class Process:
             words = mask_words(start.vocab_size)
             shape = start.places, words, start.processes, start.max_forced
             self._places = Places(SharedMasks(*shape, self._memory), start.index)
+            if start.device_tells:
+                self._pace = Pace()
+                sleep_precisely()
             self._matchers = Matchers(
                 vocabulary, self._compiler, self._places.masks, start.max_forced
             )
@@ -184,6 +204,8 @@ class Process:
                     self._matchers.open(message.key, message.place, message.grammar, output)
                     self._places.open(message.key, message.place)
                     self._opened.append(message.key)
+                    if self._pace is not None:
+                        self._pace.begin(time.perf_counter())
             except GrammarError as error:
                 self._refuse(message, str(error))
 
@@ -200,10 +222,13 @@ class Process:
         while True:
             now = time.perf_counter()
             if now - heard >= HEAR_S:
-                self._hear(wait=False)
+                self._hear(0.0)
                 heard = now
             keys = [key for key in self._opened if key in matchers]  # some may have been closed
-            keys += matchers.advance(*places.told())
+            told = places.told()
+            if self._pace is not None and told[0]:
+                self._pace.told(now)
+            keys += matchers.advance(*told)
             self._opened = []
             if keys:
                 waiting += [(now + PATIENCE * matchers.cost(key), key) for key in keys]

@@ -1,11 +1,11 @@
 """What a worker and its matcher processes tell each other in every step, in memory that all of them
 have: to pack and unpack messages for each process would take longer than masks do.
 
-A worker writes the token of each stream into its place's columns, and then sends `Look` to the
-processes concerned. A process writes its masks, and then the tags that say whose they are and for
-which position, at which the worker looks: it reads a tag first and what belongs to it afterwards,
-and so does a process with what it is told. A tag is one word, which is read and written whole, by a
-device that reads this memory too.
+A worker writes the token of each stream into its place's columns, then the tag that says whose it
+is and for which position, and then sends `Look` to the processes concerned; a device writes the same
+and sends nothing. A process writes its masks, and then their tags, at which the worker looks, or the
+device: who reads, reads a tag first and what belongs to it afterwards. A tag is one word, which is
+read and written whole.
 
 Each process has so many places, one for each of its streams. A place goes from one stream to the
 next: its process hears in order that the one is over and that the other begins. Each opening of a
@@ -33,6 +33,8 @@ LEAST_PLACES: Final = 64
 TAG_BITS: Final = 32
 """Of each half of a tag."""
 LOW_HALF: Final = (1 << TAG_BITS) - 1
+NEVER: Final = (1 << 64) - 1
+"""A tag of nothing: no output is so long."""
 
 
 def num_places(rows: int, processes: int) -> int:
@@ -43,9 +45,9 @@ def num_places(rows: int, processes: int) -> int:
 
 
 def tag_of(openings: ArrayLike, positions: ArrayLike) -> NDArray[np.uint64]:
-    """[R]: the tags of masks for the output positions `positions` [R] of the streams `openings`
-    [R]: the lowest 32 bits of the opening, which the next 2^32 - 1 openings do not have, before the
-    position + 1, which is 0 where there is no mask."""
+    """[R]: the tags of masks, or tokens, for the output positions `positions` [R] of the streams
+    `openings` [R]: the lowest 32 bits of the opening, which the next 2^32 - 1 openings do not have,
+    before the position + 1, which is 0 where there is none."""
     low = np.asarray(positions, np.int64) + 1
     return np.asarray(openings, np.uint64) << np.uint64(TAG_BITS) | low.astype(np.uint64)
 
@@ -71,9 +73,8 @@ class SharedMasks:
         count = processes * places
         padded = -(-4 * words // MASK_ALIGNMENT) * MASK_ALIGNMENT // 4
         layout: dict[str, tuple[Any, tuple[int, ...]]] = {
-            "told_keys": (np.uint64, (count,)),
-            "told_positions": (np.int64, (count,)),
-            "told_tokens": (np.int32, (count,)),
+            "told_tags": (np.uint64, (count,)),
+            "told_tokens": (np.int64, (count,)),
             "tags": (np.uint64, (count,)),
             "forced_counts": (np.int32, (count,)),
             "forced": (np.int32, (count, max_forced)),
@@ -100,12 +101,10 @@ class SharedMasks:
         """Where this process has the memory, of which all columns are parts."""
         self.nbytes = size
         """Of all of it."""
-        self.told_keys = column("told_keys")
-        """[all places]: the stream that the last token told was for."""
-        self.told_positions = column("told_positions")
-        """[all places]: that token's place in the stream's output."""
+        self.told_tags = column("told_tags")
+        """[all places]: whose the last token told is, and its position in the output."""
         self.told_tokens = column("told_tokens")
-        """[all places]: the token."""
+        """[all places]: that token."""
         self.tags = column("tags")
         """[all places]: see `tag_of`; where the low half is 0, there is no mask. 0: there is no
         stream either."""
@@ -126,8 +125,7 @@ class SharedMasks:
         outputs are `positions` [R]."""
         self.told_tokens[places] = tokens
         fence()
-        self.told_positions[places] = positions
-        self.told_keys[places] = keys
+        self.told_tags[places] = tag_of(keys, positions)
 
     def forget(self, process: int) -> None:
         """That process has ended: nothing that it wrote counts."""
@@ -136,6 +134,12 @@ class SharedMasks:
     def tag_addresses(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """[R]: where this process has the tags of `places` [R]."""
         return int(self.tags.ctypes.data) + self.tags.strides[0] * places
+
+    @property
+    def told_offsets(self) -> tuple[int, int]:
+        """Bytes from the tag of a place's mask to the token told there, and to that token's tag."""
+        tags = int(self.tags.ctypes.data)
+        return int(self.told_tokens.ctypes.data) - tags, int(self.told_tags.ctypes.data) - tags
 
     def mask_addresses(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """[R]: where this process has the masks of `places` [R], each at a multiple of
@@ -153,47 +157,41 @@ class Places:
         self._tags = shared.tags[own]
         self._forced_counts = shared.forced_counts[own]
         self._forced = shared.forced[own]
-        self._told_keys = shared.told_keys[own]
-        self._told_positions = shared.told_positions[own]
+        self._told_tags = shared.told_tags[own]
         self._told_tokens = shared.told_tokens[own]
-        self._next = np.zeros(shared.places, np.int64)
-        """By place: the position in the output of the token that is to be told next."""
+        self._expected = np.full(shared.places, NEVER, np.uint64)
+        """By place: the tag of the token that is to be told next; NEVER: there is no mask for it
+        yet."""
         self._open: dict[int, int] = {}
         """Keys by place."""
-        self._of_open: tuple[NDArray[np.int64], NDArray[np.uint64]] | None = None
-        """Places and keys of all open streams; None: not up to date."""
 
     def open(self, key: int, place: int) -> None:
         """The stream `key` has that place from now on, and no mask yet."""
-        self._tag(key, place, NO_POSITION)
+        self._tags[place] = _tag(key, NO_POSITION)
         fence()  # before the next mask: who copies the last one looks at the tag once more
-        self._next[place] = NO_POSITION
+        self._expected[place] = NEVER
         self._open[place] = key
-        self._of_open = None
 
-    def _tag(self, key: int, place: int, position: int) -> None:
-        """As `tag_of`, which takes longer for one number."""
-        self._tags[place] = (key & LOW_HALF) << TAG_BITS | (position + 1)
+    @property
+    def any(self) -> bool:
+        """Some stream is open."""
+        return bool(self._open)
 
     def close(self, key: int, place: int) -> None:
         """It is over."""
         if self._open.get(place) == key:
             del self._open[place]
-            self._of_open = None
+            self._expected[place] = NEVER
 
     def told(self) -> tuple[list[int], list[int]]:
         """Keys and tokens of the streams that have been told their next token."""
-        if self._of_open is None:
-            places = np.fromiter(self._open.keys(), np.int64, len(self._open))
-            self._of_open = places, np.fromiter(self._open.values(), np.uint64, len(self._open))
-        places, keys = self._of_open
-        new = (self._told_keys[places] == keys) & (
-            self._told_positions[places] == self._next[places]
-        )
-        places = places[new]
+        places = np.flatnonzero(self._told_tags == self._expected)
+        if not len(places):
+            return [], []
         fence()
-        self._next[places] = NO_POSITION  # until its mask has been written
-        return keys[new].tolist(), self._told_tokens[places].tolist()
+        self._expected[places] = NEVER  # until the next mask has been written
+        keys = [self._open[place] for place in places.tolist()]
+        return keys, self._told_tokens[places].tolist()
 
     def write(self, key: int, place: int, position: int, forced: list[int]) -> None:
         """The mask of the stream `key`, which has this place, is there, for this output position;
@@ -201,6 +199,12 @@ class Places:
         if self._forced.shape[1]:
             self._forced_counts[place] = len(forced)
             self._forced[place, : len(forced)] = forced
-        self._next[place] = position
+        tag = _tag(key, position)
+        self._expected[place] = tag
         fence()
-        self._tag(key, place, position)
+        self._tags[place] = tag
+
+
+def _tag(key: int, position: int) -> int:
+    """As `tag_of`, which takes longer for one number."""
+    return (key & LOW_HALF) << TAG_BITS | (position + 1)

@@ -1,7 +1,8 @@
 """Rows whose tokens nothing constrains but a grammar, sampled once more from a step's logits under
 masks that the device takes itself, out of the memory that matcher processes write them to
 (grammar/shared.py): a step is launched before its masks are there, and the host hears with its
-tokens which rows were late.
+tokens which rows were late. The device tells matchers the tokens there too, so that they have them
+before the host does.
 
 Of a worker with one rank; over several, rank 0 decides which rows are late (masked_sampling.py).
 """
@@ -57,6 +58,7 @@ class AwaitedSampling:
         self._state = state
         self._up = uploads.up
         self._masks = masks
+        self._told_offsets = masks.shared.told_offsets
         self._sample = sample
         host = torch.zeros(AwaitedRows.num_bytes(most), dtype=torch.uint8)
         here = AwaitedRows.views(host, most)
@@ -66,6 +68,7 @@ class AwaitedSampling:
         """Rows that the device knows."""
         self._memory = torch.zeros_like(host, device=state.last_token.device)
         self._there = AwaitedRows.views(self._memory, most)
+        self._vocab_size = vocab_size
         self._taken = TakenMasks.empty(most, mask_words(vocab_size), state)
 
     def begin(self) -> None:
@@ -109,7 +112,7 @@ class AwaitedSampling:
         awaited, state, taken = self._there, self._state, self._taken
         awaited_masks.take(awaited, count, patient, state, taken)
         held = taken.sampled(awaited, count, filtered)
-        late = taken.late_rows(count, state)
+        late = taken.late_rows(awaited, count, state, self._told_offsets)
         self._sample(logits, held, state.last_token, sampled_tokens, late)
 
     def warm_up(self, logits: Tensor) -> None:
@@ -129,20 +132,29 @@ class AwaitedSampling:
             count = min(2 * count, self._slots.count)
         self._state.num_computed[-1] = 0
 
-    def reads(self, shared: SharedMasks) -> bool:
-        """Whether the device sees what is written there. Before any process writes."""
+    def check(self, logits: Tensor) -> bool:
+        """Whether the device sees the masks that are written there, and others the tokens that it
+        writes. Before any process does. logits [1, V]: of the dtype that steps have."""
         self._count = 0
-        columns = self._columns
+        shared, columns, first = self._masks.shared, self._columns, np.zeros(1, np.int64)
+        self._host.fill(0)
         columns.slots[0] = len(self._state.last_token) - 1
         columns.tag_keys[0] = 1 << 32
-        columns.tag_at[0] = shared.tag_addresses(np.zeros(1, np.int64))[0]
-        columns.mask_at[0] = shared.mask_addresses(np.zeros(1, np.int64))[0]
+        columns.tag_at[0] = shared.tag_addresses(first)[0]
+        columns.mask_at[0] = shared.mask_addresses(first)[0]
         self._up(self._host, out=self._memory)
-        shared.tags[0] = 1 << 32 | 1
-        awaited_masks.take(self._there, 1, False, self._state, self._taken)
-        is_late = bool(self._taken.late[0])
-        shared.tags[0] = NOWHERE
-        return not is_late
+        self._state.num_computed[-1] = 0
+        token, tag = self._vocab_size - 1, 1 << 32 | 1
+        shared.masks[0, token // 32] = 1 << token % 32
+        shared.tags[0] = tag
+        sampled_tokens = torch.zeros_like(self._state.last_token[:1])
+        self._launch(logits, 1, False, False, sampled_tokens)
+        sees = sampled_tokens.item() == token
+        told = shared.told_tags[0] == tag and shared.told_tokens[0] == token
+        shared.masks[0] = 0
+        shared.tags[0] = shared.told_tags[0] = NOWHERE
+        self._state.num_computed[-1] = 0
+        return sees and bool(told)
 
 
 def is_readable(shared: SharedMasks) -> bool:

@@ -163,14 +163,20 @@ class ExtraSampling:
                 sampling_of.warm_up(row.to(self._dtype))
 
     def check(self) -> None:
-        """Once all is compiled: whether the device sees the masks that it is to take itself. Where it
-        does not, the host brings them."""
-        if self._awaited is None or self._awaited.reads(self._masks.shared):
+        """Once all is compiled, and before the first request: whether the device can take masks and
+        tell tokens itself. Where it cannot, the host does."""
+        if self._awaited is None:
             return
-        log.warning("the GPU does not see what matcher processes write: the host brings masks")
+        logits = torch.zeros(1, self._vocab_size, device=self._device).to(self._dtype)
+        if self._awaited.check(logits):
+            self._masks.let_device_tell()
+            return
+        log.warning(
+            "the GPU and matcher processes do not see each other's words: the host brings masks"
+        )
         self._awaited = None
         self._masked = self._make_masked()
-        self._masked.warm_up(torch.zeros(1, self._vocab_size, device=self._device).to(self._dtype))
+        self._masked.warm_up(logits)
 
     def awaits(self, slots: Ints) -> Bools:
         """[R]: for which of `slots` [R] the device takes masks itself, so that it turns out with the

@@ -140,11 +140,13 @@ class LaunchedRun(NamedTuple):
 
 
 class GrammarRows(NamedTuple):
-    """The rows [G] of a step in flight that have grammars, and the streams that they belong to."""
+    """The rows [G] of a step in flight that have grammars, the streams that they belong to, and as
+    what the device tells their matchers of the tokens; 0: it does not."""
 
     handle: GpuStep
     rows: Ints
     keys: Keys
+    told_openings: npt.NDArray[np.uint64]
 
 
 @dataclass
@@ -477,9 +479,12 @@ class GpuRunner:
             concerned &= handle.ready
         rows = np.flatnonzero(concerned)
         if len(rows):
-            if self._extra.awaits(slots[rows]).any():
+            held = slots[rows]
+            awaits = self._extra.awaits(held)
+            if awaits.any():
                 handle.learn = self._learn
-            self._unlearned.append(GrammarRows(handle, rows, self._masks.keys(slots[rows])))
+            openings = np.where(awaits, self._masks.openings(held), 0).astype(np.uint64)
+            self._unlearned.append(GrammarRows(handle, rows, self._masks.keys(held), openings))
 
     def _learn(self, wait: bool = False) -> None:
         """Tell the grammars the tokens of steps that are done; with `wait`, of all steps."""
@@ -503,7 +508,7 @@ class GpuRunner:
         known = slots[current & finite]
         self._slots.tokens[known, self._num_known[known]] = tokens[current & finite]
         self._num_known[known] += 1
-        self._masks.append(part.keys[finite], tokens[finite])
+        self._masks.append(part.keys[finite], tokens[finite], part.told_openings[finite])
 
     def _ready(self, slots: Ints, has_prompts: bool = False) -> Bools | None:
         """[S]: which of `slots` [S], whose logits are being computed, can be sampled as far as the

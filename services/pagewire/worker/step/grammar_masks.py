@@ -2,8 +2,9 @@
 processes (grammar/). Knows no tensors and no model.
 
 Each admission is a stream with a key of its own. A matcher is told the stream's tokens as they are
-sampled, each once the mask that it was sampled under is there, and answers with the mask for the
-next one; a mask is used for that stream and that position and for nothing else. Where a grammar
+sampled, each once the mask that it was sampled under is there, by this process or by the device that
+has sampled it, and answers with the mask for the next one; a mask is used for that stream and that
+position and for nothing else. Where a grammar
 leaves a single token, the answer brings it, and further ones after it: a forced run, behind which
 the mask is. A row whose mask is not there when it would be sampled brings no token, and nobody else
 waits for it.
@@ -143,9 +144,12 @@ class GrammarMasks:
         reaches the request that it was sampled for, whoever has the slot by then."""
         return self._key_of[slots]
 
-    def append(self, keys: Keys, tokens: NDArray[np.int32]) -> None:
+    def append(
+        self, keys: Keys, tokens: NDArray[np.int32], told_openings: NDArray[np.uint64] | None = None
+    ) -> None:
         """`tokens` [R] were sampled for the streams `keys` [R]; those that are over are passed
-        over."""
+        over. told_openings [R]: as what a device has told the streams' matchers of these tokens
+        itself (`openings`); 0: it has not."""
         self._take()  # a device may have taken masks that nobody has looked at here
         slots = slots_of(keys)
         wanted = (self._key_of[slots] == keys) & (keys != NO_KEY)
@@ -156,16 +160,21 @@ class GrammarMasks:
         slots, tokens = slots[rows], tokens[rows]
         positions = self._num_output[slots]
         held = ~self._failed[slots]
+        by_device = np.zeros(len(slots), np.bool_)
+        if told_openings is not None:
+            told = told_openings[rows]
+            by_device = held & (told != 0) & (told == self._pool.openings(slots))
         # Of one that was lost meanwhile, the matcher has yet to hear all of its output.
-        told = held & (self._mask_at[slots] == positions)
+        by_host = held & ~by_device & (self._mask_at[slots] == positions)
         self._mask_at[slots] = -1
         self._num_output[slots] += 1
         self._awaiting[slots] = held
-        self._pool.tell(slots[told], positions[told], tokens[told])
+        self._pool.tell(slots[by_host], positions[by_host], tokens[by_host])
+        self._pool.told(slots[by_device])
         # While the matchers compute.
         for slot, token in zip(slots.tolist(), tokens.tolist(), strict=True):
             self._streams[slot].output.append(token)
-        self._open_again(slots[held & ~told])
+        self._open_again(slots[held & ~by_host & ~by_device])
 
     def _open_again(self, slots: Ints) -> None:
         """Their matchers hear all of the output once more."""
@@ -224,6 +233,15 @@ class GrammarMasks:
     def shared(self) -> SharedMasks:
         """What matcher processes write masks to."""
         return self._pool.shared
+
+    def let_device_tell(self) -> None:
+        """Before the first request: a device writes the tokens that it samples to `shared`, so that
+        their matchers have them before anybody here."""
+        self._pool.let_device_tell()
+
+    def openings(self, slots: Ints) -> NDArray[np.uint64]:
+        """[R]: as what the matchers of `slots` [R] know their streams now; 0: none does."""
+        return self._pool.openings(slots)
 
     def tags(self, slots: Ints) -> tuple[Ints, Ints, Ints]:
         """Three int64 [R], of `slots` [R]: what their masks' tags begin with, and the addresses of

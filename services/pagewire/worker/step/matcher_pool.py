@@ -69,13 +69,20 @@ class MatcherPool:
         self.restart_with(start)
 
     def restart_with(self, start: Start) -> None:
-        """Before the first stream."""
+        """Before the first stream; `shared` is another one then."""
         places = num_places(len(self.place_of), self._max_matchers)
-        self._start = replace(start, places=places, processes=self._max_matchers)
         words = mask_words(start.vocab_size)
         self._shared = SharedMasks(places, words, self._max_matchers, start.max_forced)
+        self._begin_with(replace(start, places=places, processes=self._max_matchers))
+
+    def _begin_with(self, start: Start) -> None:
+        self._start = start
         self.matchers: list[Matcher] = []
         self._add_matcher()
+
+    def let_device_tell(self) -> None:
+        """Before the first stream: a device writes tokens to `shared` too."""
+        self._begin_with(replace(self._start, device_tells=True))
 
     def _add_matcher(self) -> None:
         matcher = Matcher(
@@ -140,12 +147,16 @@ class MatcherPool:
         `positions` [R], and for which there were masks."""
         if not len(slots):
             return
-        self._owed[slots] = self._clock()
+        self.told(slots)
         self._shared.tell(self.place_of[slots], self._opening_of[slots], positions, tokens)
         concerned = np.bincount(self._at[slots], minlength=len(self.matchers))
         for matcher, rows in zip(self.matchers, concerned.tolist(), strict=True):
             if rows and matcher.process is not None:
                 matcher.process.look()
+
+    def told(self, slots: Ints) -> None:
+        """The matchers of `slots` [R] have been told their next tokens, or are being told."""
+        self._owed[slots] = self._clock()
 
     def positions(self, slots: Ints) -> NDArray[np.int64]:
         """[R]: the output positions that the masks of `slots` [R] are for; NO_POSITION where there
