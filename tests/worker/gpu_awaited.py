@@ -5,8 +5,9 @@
 Masks that the device takes out of the host's memory (pagewire_kernels/awaited_masks.py), written by
 another process meanwhile: each one that is taken is whole and the one that its tag names, also while
 its place goes from stream to stream; patient rows get theirs while the device waits, others are
-late; slots of late rows are put back, and tokens of the others are told in that memory. Then what it takes for 256 rows, and how soon a mask is taken
-once it is written. One line tells the verdict; the exit status is 0 when all is well.
+late; slots of late rows are put back, and the tokens of the others are told in that memory. Then
+what it takes for 256 rows, and how soon a mask is taken once it is written. One line tells the
+verdict; the exit status is 0 when all is well.
 """
 
 import os

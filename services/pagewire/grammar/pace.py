@@ -11,7 +11,7 @@ MOST_S: Final = 0.005
 """Between two looks."""
 LONGEST_S: Final = 0.05
 """Of a step; what comes later comes after a pause."""
-EARLY: Final = 0.75
+EARLY: Final = 0.85
 """Of a step, through which it sleeps."""
 LOOKS: Final = 24
 """In as long as nothing has come."""

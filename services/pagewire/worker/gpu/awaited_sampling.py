@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from pagewire_kernels import awaited_masks
 from pagewire_kernels.awaited_masks import NOWHERE, AwaitedRows, TakenMasks
+from pagewire_kernels.masked_sampling import LateRows, MaskedSamplingRows
 from pagewire_kernels.slot_state import SlotState
 from torch import Tensor
 
@@ -65,11 +66,15 @@ class AwaitedSampling:
         self._host = host.numpy()
         self._columns = Columns(*(getattr(here, name).numpy() for name in Columns._fields))
         self._count = 0
-        """Rows that the device knows."""
+        """Rows that the device knows, of these slots."""
+        self._version = -1
+        """That of the masks' places and openings, as the device knows them."""
         self._memory = torch.zeros_like(host, device=state.last_token.device)
         self._there = AwaitedRows.views(self._memory, most)
         self._vocab_size = vocab_size
         self._taken = TakenMasks.empty(most, mask_words(vocab_size), state)
+        self._views: dict[tuple[int, bool], tuple[MaskedSamplingRows, LateRows]] = {}
+        """Of the device's memory: by how many rows, and whether some are filtered."""
 
     def begin(self) -> None:
         """Before a step with such rows is computed, if they will be patient or it has prompts."""
@@ -91,16 +96,17 @@ class AwaitedSampling:
         """What the device has to know of these rows, unless it knows it from the step before: the
         beginning of a tag is no other admission's."""
         count = len(slots)
-        here, columns = self._columns, self._slots
-        parts = (here.rows, here.slots, here.tag_keys, here.tag_at, here.mask_at)
-        wanted = (rows, slots, *self._masks.tags(slots))
-        if count == self._count and all(
-            np.array_equal(part[:count], new) for part, new in zip(parts, wanted, strict=True)
+        here, columns, version = self._columns, self._slots, self._masks.version
+        if (
+            (count, version) == (self._count, self._version)
+            and np.array_equal(here.slots[:count], slots)
+            and np.array_equal(here.rows[:count], rows)
         ):
             return
-        self._count = count
-        for part, new in zip(parts, wanted, strict=True):
-            part[:count] = new
+        self._count, self._version = count, version
+        here.rows[:count], here.slots[:count] = rows, slots
+        keys, tag_at, mask_at = self._masks.tags(slots)
+        here.tag_keys[:count], here.tag_at[:count], here.mask_at[:count] = keys, tag_at, mask_at
         here.prompt_lens[:count] = columns.num_prompt_tokens[slots]
         here.seeds[:count] = columns.seed[slots]
         here.values[:, :count] = columns.sampling_params[slots].T
@@ -111,8 +117,12 @@ class AwaitedSampling:
     ) -> None:
         awaited, state, taken = self._there, self._state, self._taken
         awaited_masks.take(awaited, count, patient, state, taken)
-        held = taken.sampled(awaited, count, filtered)
-        late = taken.late_rows(awaited, count, state, self._told_offsets)
+        if (count, filtered) not in self._views:
+            self._views[count, filtered] = (
+                taken.sampled(awaited, count, filtered),
+                taken.late_rows(awaited, count, state, self._told_offsets),
+            )
+        held, late = self._views[count, filtered]
         self._sample(logits, held, state.last_token, sampled_tokens, late)
 
     def warm_up(self, logits: Tensor) -> None:

@@ -490,7 +490,7 @@ class GpuRunner:
         """Tell the grammars the tokens of steps that are done; with `wait`, of all steps."""
         if not self._unlearned or not (wait or self._unlearned[0].handle.event.query()):
             return
-        self._masks.look()  # before tokens are told to a process that has ended
+        self._masks.look_at_times()
         while self._unlearned and (wait or self._unlearned[0].handle.event.query()):
             part = self._unlearned.popleft()
             part.handle.event.synchronize()

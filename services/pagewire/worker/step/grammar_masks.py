@@ -37,6 +37,8 @@ LOOK_S: Final = 0.00005
 """At least between two looks at masks, and at whether a step is computed."""
 LOOKS: Final = 24
 """In as long as has been waited."""
+LOOK_EVERY_S: Final = 0.005
+"""How often it is looked at masks and processes that nobody waits for."""
 WAIT_RUNS_S: Final = 0.001
 """How long a step in which every row has a grammar waits for its forced runs before it is
 computed."""
@@ -83,6 +85,7 @@ class GrammarMasks:
         self._failed = np.zeros(count, np.bool_)
         self.mirror = MaskMirror(count)
         self._admissions = 0
+        self._next_look = 0.0
 
     # --- the slots' requests ---
 
@@ -150,9 +153,13 @@ class GrammarMasks:
         """`tokens` [R] were sampled for the streams `keys` [R]; those that are over are passed
         over. told_openings [R]: as what a device has told the streams' matchers of these tokens
         itself (`openings`); 0: it has not."""
-        self._take()  # a device may have taken masks that nobody has looked at here
         slots = slots_of(keys)
         wanted = (self._key_of[slots] == keys) & (keys != NO_KEY)
+        told = np.zeros(len(keys), np.bool_)
+        if told_openings is not None:
+            told = (told_openings != 0) & (told_openings == self._pool.openings(slots))
+        if not told.all():
+            self._take()  # a device may have taken masks that nobody has looked at here
         forced = wanted & (self._forced[slots] != NO_TOKEN)
         for row in np.flatnonzero(forced).tolist():
             self._say_forced(self._streams[int(slots[row])], int(tokens[row]))
@@ -160,10 +167,7 @@ class GrammarMasks:
         slots, tokens = slots[rows], tokens[rows]
         positions = self._num_output[slots]
         held = ~self._failed[slots]
-        by_device = np.zeros(len(slots), np.bool_)
-        if told_openings is not None:
-            told = told_openings[rows]
-            by_device = held & (told != 0) & (told == self._pool.openings(slots))
+        by_device = held & told[rows]
         # Of one that was lost meanwhile, the matcher has yet to hear all of its output.
         by_host = held & ~by_device & (self._mask_at[slots] == positions)
         self._mask_at[slots] = -1
@@ -243,6 +247,11 @@ class GrammarMasks:
         """[R]: as what the matchers of `slots` [R] know their streams now; 0: none does."""
         return self._pool.openings(slots)
 
+    @property
+    def version(self) -> int:
+        """Another number whenever `tags` of some slot may have changed."""
+        return self._pool.version
+
     def tags(self, slots: Ints) -> tuple[Ints, Ints, Ints]:
         """Three int64 [R], of `slots` [R]: what their masks' tags begin with, and the addresses of
         these tags and masks; an address is 0 where no matcher has the stream now."""
@@ -253,9 +262,15 @@ class GrammarMasks:
         places = np.maximum(places, 0)
         return keys, np.where(has, shared.tag_addresses(places), 0), shared.mask_addresses(places)
 
+    def look_at_times(self) -> None:
+        """`look`, if nobody has looked for a while."""
+        if self._clock() >= self._next_look:
+            self.look()
+
     def look(self) -> None:
         """Take the masks that are there and what matchers have said; end those that hang. Masks
         first: what a process that has ended did not come to may be what ended it."""
+        self._next_look = self._clock() + LOOK_EVERY_S
         self._take()
         self._receive()
 

@@ -64,6 +64,8 @@ class MatcherPool:
         """By slot: its stream's place among those of all matchers; NO_PLACE: it has none."""
         self._opening_of = np.zeros(rows, np.uint64)
         """By slot: Stream.opening."""
+        self.version = 0
+        """Another number whenever one of these two columns has changed."""
         self._owed = np.full(rows, NOTHING_OWED)
         """See Matcher."""
         self.restart_with(start)
@@ -120,6 +122,7 @@ class MatcherPool:
         self._note_openings(matcher)
 
     def _note_openings(self, matcher: Matcher) -> None:
+        self.version += 1
         for stream in matcher.streams.values():
             self._opening_of[stream.slot] = stream.opening
 
@@ -139,6 +142,7 @@ class MatcherPool:
         if at != NO_MATCHER:
             self.matchers[at].open(stream)
             self._opening_of[stream.slot] = stream.opening
+            self.version += 1
 
     # --- tokens and masks ---
 
