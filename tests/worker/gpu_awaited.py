@@ -10,11 +10,12 @@ what it takes for 256 rows, and how soon a mask is taken once it is written. One
 verdict; the exit status is 0 when all is well.
 """
 
+import functools
 import os
-import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from pagewire.grammar.shared import SharedMasks, tag_of
 PLACES, SLOTS, PROMPT_LEN = 256, 300, 5
 VOCABULARIES = (49_152, 151_936, 32_003)
 FLIPS_S = 4.0
+REPEATS = 50
 
 
 class Writer:
@@ -219,24 +221,45 @@ def waits(words: int, patient: bool) -> str:
 
 
 def times(words: int) -> None:
-    """What it takes where all masks are there."""
+    """What it takes where all masks are there: to take them, and with the sampling behind it."""
     import torch
+    from pagewire_kernels.masked_sampling import sample_masked
 
     shared = SharedMasks(PLACES, words, 1, 0)
     step = Step(shared, words)
     shared.tags[:] = tag_of(np.ones(PLACES), np.arange(PLACES))
+    shared.masks[:] = 0xFFFFFFFF
     step.want(np.ones(PLACES, np.uint64))
+    logits = torch.randn(PLACES, 32 * words, device="cuda").bfloat16()
+
+    def both(count: int) -> None:
+        step.take(count, False)
+        held = step.taken.sampled(step.rows, count, False)
+        late = step.taken.late_rows(step.rows, count, step.state, shared.told_offsets)
+        sample_masked(logits, held, step.state.last_token, step.sampled_tokens, late)
+
     for count in (1, 51, 256):
-        taken: list[float] = []
-        for _ in range(30):
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            began.record()
-            step.take(count, True)
-            ended.record()
-            ended.synchronize()
-            taken.append(1000 * began.elapsed_time(ended))
-        print(f"{words} words, {count} rows: {statistics.median(taken):.0f} us to take masks")
+        alone = microseconds(functools.partial(step.take, count, False))
+        sampled = microseconds(functools.partial(both, count))
+        print(
+            f"{words} words, {count} rows: {alone:.0f} us to take masks, {sampled:.0f} with tokens"
+        )
     step.close()
+
+
+def microseconds(run: Callable[[], object]) -> float:
+    """On the GPU; launches wait for none."""
+    import torch
+
+    run()
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(20_000_000)  # pyright: ignore[reportPrivateUsage]
+    began.record()
+    for _ in range(REPEATS):
+        run()
+    ended.record()
+    ended.synchronize()
+    return 1000 * began.elapsed_time(ended) / REPEATS
 
 
 def main() -> int:
