@@ -1,7 +1,7 @@
 """A check for a machine with a GPU; pytest does not collect it.
 
     python tests/worker/gpu_logits.py [--device cuda|cpu] [--models llama-3.1-8b,qwen3-0.6b,…]
-        [--quantization int4|int8|fp8|bitsandbytes_8bit]
+        [--quantization int4|int8|fp8|bitsandbytes_8bit] [--kv-cache-dtype fp8]
         [--tensor-parallel-size 2] [--pipeline-parallel-size 2] [--one-gpu]
 
 Models with real head sizes, few layers, a small vocabulary and random weights in bf16, served by
@@ -12,9 +12,10 @@ same weights; the errors may be as large as those of transformers' own bf16 (gpu
 line for each set-up, one for the verdict; the exit status is 0 when all is well. With
 `--quantization` the stack rounds the weights while it loads them, and transformers has the rounded
 values in full; with fp8, whose products round the inputs of many rows too, transformers in bf16
-rounds all inputs. With `--tensor-parallel-size` and `--pipeline-parallel-size`, by several ranks
-on as many GPUs, or, with `--one-gpu`, on a single one; two runs must then give the same bits. With
-`--device cpu`, small sizes: does the check itself work?
+rounds all inputs. With `--kv-cache-dtype fp8` transformers rounds keys and values. With
+`--tensor-parallel-size` and `--pipeline-parallel-size`, by several ranks on as many GPUs, or, with
+`--one-gpu`, on a single one; two runs must then give the same bits. With `--device cpu`, small
+sizes: does the check itself work?
 """
 
 import argparse
@@ -54,6 +55,7 @@ class Stack:
 
     device: str
     quantization: str
+    kv_cache_dtype: str
     size: int
     stages: int
     one_gpu: bool
@@ -63,12 +65,18 @@ class Stack:
         """Of all stages."""
         return self.size * self.stages
 
+    @property
+    def float8_cache(self) -> bool:
+        """Keys and values are kept in 8 bits."""
+        return self.kv_cache_dtype == "fp8"
+
     def settings(self) -> dict[str, Any]:
         """Of LLM."""
         step = {"max_num_batched_tokens": SHARED_STEP} if self.one_gpu else {}
         return {
             "device": self.device,
             "quantization": self.quantization or None,
+            "kv_cache_dtype": self.kv_cache_dtype,
             "tensor_parallel_size": self.size,
             "pipeline_parallel_size": self.stages,
             **step,
@@ -248,7 +256,7 @@ def exactly(output: Any) -> object:
 
 def setups_of(scale: Scale, stack: Stack) -> list[str]:
     """Those that make a difference on this GPU."""
-    if stack.device == "cuda" and (stack.quantization or stack.ranks > 1):
+    if stack.device == "cuda" and (stack.quantization or stack.float8_cache or stack.ranks > 1):
         return list(QUANTIZED if stack.quantization else RANKED)
     if stack.device == "cuda":
         from pagewire_kernels.attention_prefill import hopper_has
@@ -290,7 +298,7 @@ def check(name: str, scale: Scale, stack: Stack) -> list[str]:
         at_once = 4 if stack.device == "cuda" and stack.ranks == 1 else 1
         said = in_turn(one, setups_of(scale, stack), at_once)
         verdicts = judge(
-            Oracle(path / "oracle", stack.device, float8_inputs=stack.quantization == "fp8"),
+            Oracle(path / "oracle", stack.device, stack.quantization == "fp8", stack.float8_cache),
             [told for several in said.values() for told in several],
         )
         unlike = repeated(path, scale, stack, asked, name) if stack.ranks > 1 else []
@@ -313,6 +321,7 @@ def main() -> int:
         help="of bench/models, separated by commas",
     )
     parser.add_argument("--quantization", default="", choices=("", *ROUNDINGS))
+    parser.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "fp8"))
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--pipeline-parallel-size", type=int, default=1)
     parser.add_argument("--one-gpu", action="store_true", help="all ranks on the first GPU")
@@ -325,6 +334,7 @@ def main() -> int:
     stack = Stack(
         options.device,
         options.quantization,
+        options.kv_cache_dtype,
         options.tensor_parallel_size,
         options.pipeline_parallel_size,
         options.one_gpu,

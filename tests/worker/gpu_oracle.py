@@ -36,14 +36,19 @@ R = TypeVar("R")
 class Oracle:
     """The model at `path`, a directory or a GGUF file, in float32 and with the same weights in bf16.
     float8_inputs: there the inputs of the layers' matrices are rounded to float8 as well, each row
-    with a scale of its own."""
+    with a scale of its own. float8_cache: in both, keys and values are what a KV cache in float8
+    keeps of them, by a scale of 1."""
 
-    def __init__(self, path: Path, device: str, float8_inputs: bool = False) -> None:
+    def __init__(
+        self, path: Path, device: str, float8_inputs: bool = False, float8_cache: bool = False
+    ) -> None:
         from transformers import AutoModelForCausalLM
 
         place: Any = {"gguf_file": path.name} if path.is_file() else {}
         folder = path.parent if path.is_file() else path
         self._device = device
+        if float8_cache:
+            place["attn_implementation"] = _attention_by_float8()
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **place)
         self._exact: Any = model.to(device).eval()
         self._rough: Any = copy.deepcopy(self._exact)
@@ -76,6 +81,27 @@ def _in_float8(module: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     scale = x.float().abs().amax(-1, keepdim=True).clamp_(min=torch.finfo().tiny) / E4M3_MOST
     rounded = (x.float() / scale).to(torch.float8_e4m3fn).float() * scale
     return (rounded.to(x.dtype),)
+
+
+def _attention_by_float8() -> str:
+    """The name by which transformers knows its own attention over such keys and values."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any
+    ) -> Any:
+        return sdpa_attention_forward(module, query, _kept(key), _kept(value), *args, **kw)
+
+    name = "sdpa_float8_cache"
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name
+
+
+def _kept(x: Tensor) -> Tensor:
+    return x.float().clamp(-E4M3_MOST, E4M3_MOST).to(torch.float8_e4m3fn).to(x.dtype)
 
 
 @dataclass
