@@ -33,8 +33,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from pagewire import LLM, SamplingParams
-from pagewire.worker.models.rounding import ROUNDINGS, Rounding
+from pagewire.worker.models.rounding import ROUNDINGS
 from worker.gpu_oracle import TOP, Oracle, Said, begin, conclude, in_turn, judge
+from worker.rounded_model import round_matrices
 
 MODELS = Path(__file__).parents[2] / "bench" / "models"
 STEPS = 16
@@ -161,24 +162,6 @@ def save_model(name: str, scale: Scale, path: Path, device: str, quantization: s
     if quantization:
         round_matrices(model.float(), ROUNDINGS[quantization], device)
     model.save_pretrained(path / "oracle")
-
-
-def round_matrices(model: Any, rounding: Rounding, device: str) -> None:
-    """What `--quantization` does to the weights of a model, in float32. A GPU keeps a table of
-    embeddings in full, and with it a head that is the same; a CPU does not."""
-    tied = device == "cuda" and model.config.tie_word_embeddings
-    if device == "cpu" and rounding.head and not model.config.tie_word_embeddings:
-        table = model.get_input_embeddings().weight
-        table.data = rounding.full(table.data).float()
-    for name, module in model.named_modules():
-        if name == "lm_head" and (tied or not rounding.head):
-            continue
-        if isinstance(module, torch.nn.Linear):
-            module.weight.data = rounding.full(module.weight.data).float()
-    for name, parameter in model.named_parameters():
-        if ".experts." in name and parameter.ndim == 3:  # [experts, outputs, inputs]
-            for expert in parameter.data:
-                expert.copy_(rounding.full(expert))
 
 
 def base_settings(scale: Scale, stack: Stack, asked: Asked) -> dict[str, Any]:
