@@ -1,13 +1,14 @@
 """What masks of grammars cost on a processor: in a matcher process, and on a GPU worker's side.
 
     python bench/grammar_masks.py matcher [--rows 32] [--steps 240]
-    python bench/grammar_masks.py worker [--rows 256] [--steps 240] [--matchers 8]
+    python bench/grammar_masks.py worker [--rows 256] [--steps 240] [--matchers 8] [--ranks 1]
 
 Rows write an endless array of objects by one schema, as in `structured.py load`, and take any
 allowed token at random. `matcher` computes the masks of one process in this one: ms a step for all
 its rows. `worker` runs a GPU worker's steps without a device, which computes nothing, with true
-matcher processes: ms of the worker's own thread a step, without what it waits. Neither needs a GPU
-or a server.
+matcher processes: ms of the worker's own thread a step, without what it waits and without launches of
+kernels. By default a device takes masks and tells tokens itself; with `--ranks 2`, as rank 0 of
+several, the host brings masks. Neither needs a GPU or a server.
 """
 
 import argparse
@@ -117,12 +118,37 @@ class Device:
         self._decoded = SimpleNamespace(
             logits=torch.zeros(rows, 8), sampled_tokens=torch.zeros(rows, dtype=torch.int32)
         )
+        self.shared: Any = None
+        """Where it takes masks itself, and tells tokens."""
+        self._sampled = np.zeros(rows, np.int64)
+        """By slot: how many tokens."""
 
-    def sample_masked(self, logits: Any, held: Any, last_token: Any, sampled_tokens: Any) -> None:
+    def take(self, awaited: Any, count: int, patient: bool, state: Any, taken: Any) -> None:
+        """See pagewire_kernels.awaited_masks. It waits for all."""
+        began = time.thread_time()
+        shared, slots = self.shared, awaited.slots[:count].numpy()
+        places = (awaited.tag_at[:count].numpy() - shared.tag_addresses(0)) // 8
+        self._told = places, awaited.tag_keys[:count].numpy().view(np.uint64)
+        tags = self._told[1] | (self._sampled[slots] + 1).astype(np.uint64)
+        while (shared.tags[places] != tags).any():
+            time.sleep(0.0001)
+        taken.words[:count, : taken.num_words] = _tensor(shared.masks[places].view(np.int32))
+        self.spent += time.thread_time() - began
+
+    def sample_masked(
+        self, logits: Any, held: Any, last_token: Any, sampled_tokens: Any, late: Any = None
+    ) -> None:
         """See pagewire_kernels.masked_sampling."""
         began = time.thread_time()
         words = held.words[held.masks.long()].numpy().view(np.uint32)
-        sampled_tokens.numpy()[held.rows.numpy()] = any_tokens(words, self._random)
+        tokens = any_tokens(words, self._random)
+        sampled_tokens.numpy()[held.rows.numpy()] = tokens
+        if self.shared is not None:
+            (places, keys), slots = self._told, held.slots.numpy()
+            tags = keys | (self._sampled[slots] + 1).astype(np.uint64)
+            self._sampled[slots] += 1
+            self.shared.told_tokens[places] = tokens
+            self.shared.told_tags[places] = tags
         self.spent += time.thread_time() - began
 
     def group(self, *_: Any) -> int:
@@ -138,14 +164,24 @@ class Device:
         return self._decoded
 
 
-def gpu_runner(device: Device, rows: int, model: Any, vocab_size: int) -> tuple[Any, Any]:
+def _tensor(values: Any) -> Any:
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(values))
+
+
+def gpu_runner(
+    device: Device, rows: int, model: Any, vocab_size: int, ranks: int
+) -> tuple[Any, Any]:
     """A GpuRunner over `device`, and its masks."""
     import torch
     from gpu_on_cpu import Uploads  # pyright: ignore[reportMissingImports]
     from pagewire.worker.gpu import runner
+    from pagewire.worker.gpu.awaited_sampling import AwaitedSampling
     from pagewire.worker.gpu.resample import ExtraSampling, Kernels
     from pagewire.worker.step.grammar_masks import GrammarMasks
     from pagewire.worker.step.slots import Slots
+    from pagewire_kernels import awaited_masks
     from pagewire_kernels.slot_state import SlotState
     from pagewire_protocol.messages import StepCost
 
@@ -161,9 +197,15 @@ def gpu_runner(device: Device, rows: int, model: Any, vocab_size: int) -> tuple[
     )
     nothing: Any = lambda *_: None  # noqa: E731
     kernels = Kernels(nothing, nothing, nothing, nothing, device.sample_masked)
+    awaited = None
+    if ranks == 1:
+        awaited_masks.take, awaited_masks.begin = device.take, nothing
+        awaited = AwaitedSampling(slots, state, uploads, masks, vocab_size, device.sample_masked)
+        device.shared = masks.shared
+        masks.let_device_tell()
     parts: Any = SimpleNamespace(
         loaded=loaded, slots=slots, state=state, uploads=uploads, graphs=device, mixed=None,
-        extra=ExtraSampling(loaded, slots, state, uploads, masks, kernels), masks=masks,
+        extra=ExtraSampling(loaded, slots, state, uploads, masks, kernels, awaited), masks=masks,
         ring=[torch.empty(rows, dtype=torch.int32) for _ in range(runner.RING)], stage=None,
     )  # fmt: skip
     epoch: Any = 1
@@ -194,7 +236,7 @@ def worker(args: argparse.Namespace) -> None:
         setattr(grammar_masks, limit, 60.0)
     for share in SHARES:
         device = Device(args.rows)
-        runner, masks = gpu_runner(device, args.rows, model, size)
+        runner, masks = gpu_runner(device, args.rows, model, size, args.ranks)
         taken = list(worker_steps(args, runner, device, admissions(args.rows, share, grammar)))
         masks.close()
         print(
@@ -227,6 +269,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=0, help="default: 32 or 256")
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--matchers", type=int, default=8, help="processes of the worker")
+    parser.add_argument("--ranks", type=int, default=1, help="of the worker")
     args = parser.parse_args()
     args.rows = args.rows or (32 if args.what == "matcher" else 256)
     if args.what == "matcher":
