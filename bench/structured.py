@@ -522,9 +522,10 @@ def load_verdict(runs: dict[str, list[list[Load]]]) -> str:
         statistics.median(gap for parts in told for part in parts for gap in part.plain)
         for told in (none, few)
     ]
+    more = (gaps[1] - gaps[0]) / (gaps[0] or 1.0)  # 0: whole answers came at once
     rates = [statistics.median(map(tokens_per_s, told)) for told in (none, every)]
     return (
-        f"streams without a grammar take {gaps[1] / gaps[0] - 1:+.1%} a token beside others with one;"
+        f"streams without a grammar take {more:+.1%} a token beside others with one;"
         f" with one in all, there are {rates[1] / rates[0]:.2f} of the tokens"
     )
 

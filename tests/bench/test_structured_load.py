@@ -56,3 +56,15 @@ def test_all_streams_are_read_by_several_clients() -> None:
     assert len(asked) == 30 and all(seeds.count(index) == 3 for index in range(10))
     held = ["structured_outputs" in body for body in asked]
     assert [sum(held[i : i + 10]) for i in (0, 10, 20)] == [0, 2, 10]
+
+
+def test_kinds_of_traffic_take_turns_and_the_last_line_compares_them() -> None:
+    options = ["--streams", "10", "--clients", "2", "--repeats", "2", "--max-tokens", "5"]
+    status, out, error, asked = asyncio.run(load(*options))
+    assert status == 0, error[-2000:]
+    *lines, verdict = out.splitlines()
+    assert [line.split()[1] for line in lines] == 2 * ["none:", "20%:", "all:"]
+    assert len(asked) == 60
+    assert re.fullmatch(
+        r"streams without a grammar take [+-][\d.]+% .* [\d.]+ of the tokens", verdict
+    )
