@@ -463,6 +463,65 @@ def test_a_matcher_owes_a_mask_for_what_a_device_has_told_it() -> None:
     assert room.processes[0].dead
 
 
+def test_what_a_device_tells_an_earlier_stream_of_a_place_hides_nothing() -> None:
+    """It has taken that one's mask before the place changed hands, and samples a little later."""
+    room = Room(SLOTS, VOCAB)
+    pool = room.masks._pool
+    admit(room, {0: "a", 1: "b"})
+    slots, keys = np.array([1]), room.masks.keys(np.array([1]))
+    gone, earlier = room.masks.openings(np.array([0])), room.masks.openings(slots)
+    room.masks.retire(0)
+    pool.remove(stream := room.masks._streams[1])
+    room.masks._lose([stream])
+    pool._hand(stream)
+    assert pool.place_of[1] == 0
+    room.processes[0].receive()
+    token = allowed("b", [], VOCAB)[0]
+    room.masks.append(keys, np.array([token], np.int32), earlier)
+    pool.shared.tell(np.array([0]), gone, np.array([0]), np.array([5]))
+    assert room.masks.ready(slots, np.array([1])).all()
+    assert mask_of(room, 1) == allowed("b", [token], VOCAB)
+
+
+def test_a_matcher_that_is_always_ahead_of_the_host_has_answered() -> None:
+    """Of the streams at whose work a process may have ended, the next one is opened."""
+    room = Room(SLOTS, VOCAB)
+    admit(room, {0: "a", 1: "b"})
+    room.kill()
+    room.masks.look()
+    room.clock.now += 6
+    room._late = 1.0
+    room.masks.look()
+    slots, first = np.arange(2), np.arange(1)
+    opening = room.masks.openings(first)
+    assert (room.masks.openings(slots) > 0).tolist() == [True, False]
+    process = room.processes[1]
+    process._late = 0.0
+    process.receive()
+    token = allowed("a", [], VOCAB)[0]
+    tell_as_device(room, opening[0], 0, token)
+    process.receive()
+    room.masks.look()
+    assert room.masks.openings(first) == opening and (room.masks.openings(slots) > 0).all()
+    room.masks.append(room.masks.keys(first), np.array([token], np.int32), opening)
+    assert room.masks.ready(first, np.array([1])).all()
+    assert mask_of(room, 0) == allowed("a", [token], VOCAB)
+
+
+def test_what_only_a_device_has_told_may_be_what_ended_a_process() -> None:
+    """The host has not heard of that token. One that has its mask is not to blame."""
+    room = Room(SLOTS, VOCAB)
+    admit(room, {0: "a", 1: "b"})
+    slots = np.arange(2)
+    assert room.masks.ready(slots, np.zeros(2, np.int64)).all()
+    tell_as_device(room, room.masks.openings(slots)[0], 0, allowed("a", [], VOCAB)[0])
+    room.processes[0].dead = True
+    room.masks.look()
+    first, second = room.masks._streams[0], room.masks._streams[1]
+    assert list(room.masks._pool.matchers[0]._suspects) == [first.key]
+    assert (first.deaths, second.deaths) == (1, 0)
+
+
 def test_what_is_given_up_is_not_handed_to_another_matcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """And one that ended while it had no streams is started again when it is needed."""
     monkeypatch.setattr(matcher_pool, "CROWDED", 2)

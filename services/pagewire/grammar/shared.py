@@ -127,6 +127,10 @@ class SharedMasks:
         fence()
         self.told_tags[places] = tag_of(keys, positions)
 
+    def is_told(self, place: int) -> bool:
+        """The token for the position of the mask there has been told: the next mask is due."""
+        return bool(self.tags[place] and self.told_tags[place] == self.tags[place])
+
     def forget(self, process: int) -> None:
         """That process has ended: nothing that it wrote counts."""
         self.tags[self.of_process(process)] = 0

@@ -155,9 +155,10 @@ class GrammarMasks:
         itself (`openings`); 0: it has not."""
         slots = slots_of(keys)
         wanted = (self._key_of[slots] == keys) & (keys != NO_KEY)
-        told = np.zeros(len(keys), np.bool_)
+        sampled = told = np.zeros(len(keys), np.bool_)
         if told_openings is not None:
-            told = (told_openings != 0) & (told_openings == self._pool.openings(slots))
+            sampled = told_openings != 0
+            told = sampled & (told_openings == self._pool.openings(slots))
         if not told.all():
             self._take()  # a device may have taken masks that nobody has looked at here
         forced = wanted & (self._forced[slots] != NO_TOKEN)
@@ -168,8 +169,9 @@ class GrammarMasks:
         positions = self._num_output[slots]
         held = ~self._failed[slots]
         by_device = held & told[rows]
-        # Of one that was lost meanwhile, the matcher has yet to hear all of its output.
-        by_host = held & ~by_device & (self._mask_at[slots] == positions)
+        # Of one that was lost meanwhile, the matcher has yet to hear all of its output. It is not told
+        # where a device may still tell what it samples for the stream that had the place before.
+        by_host = held & ~sampled[rows] & (self._mask_at[slots] == positions)
         self._mask_at[slots] = -1
         self._num_output[slots] += 1
         self._awaiting[slots] = held
@@ -297,6 +299,9 @@ class GrammarMasks:
         known = self._num_output[slots]
         if self._start.max_forced:
             known = known + self._pool.num_forced(slots)
+        ahead = positions > known  # by a token that a device has told, and nobody here yet
+        if ahead.any():
+            self._pool.answered(slots[ahead], self._streams.__getitem__)
         current = positions == known
         slots, positions = slots[current], positions[current]
         if not len(slots):

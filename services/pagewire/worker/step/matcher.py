@@ -232,7 +232,7 @@ class Matcher:
     def _blame(self) -> None:
         """Whatever the process worked for may be what ended it. Which of several it was shows when
         they are opened one by one."""
-        owed = [key for key, s in self.streams.items() if self._owed[s.slot] < NOTHING_OWED]
+        owed = [key for key, stream in self.streams.items() if self._is_owed(stream)]
         alone = len(owed) == 1 or bool(self._suspects)
         blamed = [self._suspects[0]] if self._suspects else owed
         for key in blamed:
@@ -250,6 +250,13 @@ class Matcher:
                     self._suspects.popleft()
             elif key not in self._suspects:
                 self._suspects.append(key)
+
+    def _is_owed(self, stream: Stream) -> bool:
+        """An answer is due for it, perhaps to a token that only a device has told so far."""
+        if self._owed[stream.slot] < NOTHING_OWED:
+            return True
+        place = self._shared.of_process(self._start.index).start + stream.place
+        return stream.key not in self._failed and self._shared.is_told(place)
 
     def _give_up(self) -> None:
         log.error(
