@@ -3,7 +3,7 @@
 from itertools import accumulate, repeat
 
 import pytest
-from pagewire.grammar.pace import LEAST_S, LONGEST_S, MOST_S, TOGETHER_S, Pace
+from pagewire.grammar.pace import LEAST_S, LOOKS, MOST_S, TOGETHER_S, Pace
 
 
 class Looks:
@@ -18,7 +18,7 @@ class Looks:
         for end in steps:
             while now < end:
                 pause = pace.pause_s(now)
-                assert LEAST_S <= pause <= LONGEST_S
+                assert LEAST_S <= pause <= MOST_S
                 now += pause
                 self.looks += 1
             self.lags.append(now - end)
@@ -43,3 +43,41 @@ def test_after_a_pause_tokens_are_found_within_a_few_milliseconds() -> None:
     looks = Looks([0.003, 0.006, 60.0, 60.06, 60.063, 60.066, 60.069])
     assert looks.lags[2] <= MOST_S and looks.looks < 13_000
     assert max(looks.lags[-3:]) <= 0.001
+
+
+def late_rows(steps: list[float]) -> list[bool]:
+    """Of a row of steps that take so long: at which ones its mask is not there, so that it gets no
+    token."""
+    pace, now, end = Pace(), 0.0, 0.0
+    pace.begin(now)
+    late: list[bool] = []
+    told = False
+    for step in steps:
+        end += step
+        while now < end:
+            if told:
+                pace.told(now)
+                told = False
+            now += pace.pause_s(now)
+        late.append(told)
+        told = True
+    return late
+
+
+@pytest.mark.parametrize("step_s", [0.0015, 0.003, 0.009])
+@pytest.mark.parametrize("prompt_s", [0.012, 0.03, 0.045, 0.2])
+def test_behind_a_step_with_prompts_rows_are_late_for_a_small_part_of_it(
+    step_s: float, prompt_s: float
+) -> None:
+    """It takes longer than those before it and behind it."""
+    late = late_rows(([step_s] * 9 + [prompt_s]) * 20)
+    assert sum(late) * step_s <= 20 * prompt_s / LOOKS
+
+
+@pytest.mark.parametrize("step_s", [0.0015, 0.003, 0.009])
+@pytest.mark.parametrize("prompt_s", [0.012, 0.03, 0.045])
+def test_behind_many_steps_with_prompts_rows_are_not_late_for_long(
+    step_s: float, prompt_s: float
+) -> None:
+    late = late_rows([prompt_s] * 9 + [step_s] * 90)
+    assert sum(late) * step_s <= MOST_S and not any(late[-80:])

@@ -1,7 +1,9 @@
 """How often a matcher process looks at what a device may have told it, which wakes nobody. No clock.
 
-Tokens come once a step, and steps take about as long as the one before. So a process sleeps through
-most of a step, and then looks often; the longer nothing comes, the more seldom.
+Tokens come once a step, and steps take about as long as the shorter of the two before. So a process
+sleeps through most of a step, and then looks often; the longer nothing comes, the more seldom. Steps
+with prompts take longer, but those behind them do not: whoever slept too long would find the tokens
+late, and take that for how long steps are.
 """
 
 from typing import Final
@@ -24,22 +26,30 @@ class Pace:
 
     def __init__(self) -> None:
         self._at = 0.0
+        self._last = 0.0
+        """Seconds of the step before; 0: not known."""
         self._usual = 0.0
+        self._sleeps = False
+        """The next look is the first one for a while."""
 
     def begin(self, now: float) -> None:
         """A stream begins, whose first token may come at any time."""
         self._at = now
-        self._usual = 0.0
+        self._last = self._usual = 0.0
 
     def told(self, now: float) -> None:
         """Tokens have come."""
         since = now - self._at
         if since > TOGETHER_S:
             self._at = now
-            self._usual = since if since < LONGEST_S else 0.0
+            # What the first look finds may have been there for long.
+            step = since if since < LONGEST_S and not self._sleeps else 0.0
+            self._usual = min(step, self._last)
+            self._last = step
 
     def pause_s(self, now: float) -> float:
         """Until the next look."""
         since = now - self._at
         until = EARLY * self._usual - since
-        return max(until if until > 0 else min(since / LOOKS, MOST_S), LEAST_S)
+        self._sleeps = until > 0
+        return max(min(until if self._sleeps else since / LOOKS, MOST_S), LEAST_S)
