@@ -4,6 +4,7 @@ GPU's runner on the CPU, driven by a small scheduler; each token must be the one
 gets when it runs alone."""
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -121,6 +122,11 @@ class Independent(StandIn):
         while self._unheard:
             super().send(self._unheard.popleft())
         self._said += super().receive()
+
+
+def speaking(processes: Sequence[Independent]) -> list[Independent]:
+    """Those of which there is something to be heard."""
+    return [process for process in processes if process.dead or process._said]
 
 
 class IndependentRoom(Room):
@@ -430,9 +436,15 @@ class Chaos:
         monkeypatch.setattr(matcher, "MAX_DEATHS", 10**6)
         monkeypatch.setattr(matcher_pool, "CROWDED", 1)
         monkeypatch.setattr(matcher_pool, "max_matchers", lambda: 1 + seed % 3)
+        monkeypatch.setattr(matcher_pool, "wait_for_any", lambda processes, _: speaking(processes))
         places = -(-SLOTS // (1 + seed % 3))
         monkeypatch.setattr(matcher_pool, "num_places", lambda *_: places)
         self.room = IndependentRoom(SLOTS, VOCAB, self.random.choice((0.1, 0.4, 0.7)), seed)
+        self.moved = 0
+        """Streams that went from one matcher to another."""
+        self._openings = np.zeros(SLOTS, np.uint64)
+        """By slot: as what the device knows the streams of the step that it is given."""
+        monkeypatch.setattr(self.room.masks, "openings", lambda slots: self._openings[slots])
         self._take = awaited_masks.take
         monkeypatch.setattr(awaited_sampling.awaited_masks, "take", self._take_later)
         self.loaded = loader.load(path, ModelConfig(), CONFIG, lambda stage, fraction: None)
@@ -442,9 +454,39 @@ class Chaos:
         admit = self.runner._admit
         self.runner._admit = lambda new: (self._zero_blocks(new), admit(new))[1]
 
+    def _move(self, in_step: bool = False) -> None:
+        """One more matcher may be ready, which gets some of the others' streams. in_step: of those
+        whose masks the host does not bring to it, which it does at once."""
+        masks, slots = self.room.masks, self.runner._slots
+        pool = masks._pool
+        streams = [stream for one in pool.matchers for stream in one.harmless()]
+        streams = [s for s in streams if slots.grammar_only[s.slot] or not in_step]
+        for stream in self.random.sample(streams, min(len(streams), 2)):
+            pool.remove(stream)
+            masks._lose([stream])
+        for stream in streams:
+            if stream.place < 0:
+                pool._hand(stream)
+                self.moved += 1
+
     def _take_later(self, *given: Any) -> None:
         """A device looks at masks some time after the step was launched: by then, the host may have
-        seen the steps before, and told matchers of them, and places may have changed hands."""
+        seen the steps before, and told matchers of them, and places may have changed hands; so they
+        may once more before it samples."""
+        awaited, count = given[:2]
+        pool = self.room.masks._pool
+        self._openings = pool._opening_of.copy()
+        slots = awaited.slots[:count].numpy().astype(np.int64)
+        known = awaited.tag_keys, awaited.tag_at, awaited.mask_at
+        for column, present in zip(known, self.room.masks.tags(slots), strict=True):
+            assert (column[:count].numpy() == present).all(), "the device knows what was once"
+        self._work()
+        self._take(*given)
+        if self.random.random() < 0.3:
+            self._work()
+
+    def _work(self) -> None:
+        """Of the host and matchers, while a step is under way."""
         self.room.work()
         if self.random.random() < 0.5:
             self.runner._learn(wait=True)
@@ -452,8 +494,9 @@ class Chaos:
                 self.room.kill()
                 self.room.clock.now += 10.0 * self.random.random()
                 self.room.masks.look()
+            if self.random.random() < 0.1:
+                self._move(in_step=True)
             self.room.work()
-        self._take(*given)
 
     def _zero_blocks(self, slots: np.ndarray) -> None:
         blocks = (slots[:, None] * TABLE + np.arange(TABLE)).reshape(-1)
@@ -480,6 +523,8 @@ class Chaos:
                 room.kill()
             if random.random() < 0.3:
                 room.clock.now += 1.0
+            if random.random() < 0.1:
+                self._move()
             if random.random() < 0.01:
                 scheduler.clear()
             if random.random() < 0.3:  # steps are done while nobody looks
@@ -514,6 +559,7 @@ def test_each_request_gets_what_it_gets_alone_whatever_happens_to_matchers_and_s
     chaos = Chaos(path, monkeypatch, seed)
     scheduler = chaos.run(requests, 50)
     assert len(scheduler.done) > 5 and scheduler.late > 5 and scheduler.beyond > 5
+    assert chaos.moved > 2
 
 
 def test_what_a_slot_s_earlier_request_was_late_for_is_not_counted_for_the_next_one(
