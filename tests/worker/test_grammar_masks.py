@@ -23,6 +23,8 @@ from pagewire_protocol.sampling import Sampling
 from worker.stand_in_matcher import Room, StandIn, allowed, grammar
 
 SLOTS, VOCAB = 6, 97
+TOLD = np.ones(1, np.bool_)
+"""Of one token: a device has told it."""
 
 
 class Request:
@@ -419,7 +421,7 @@ def test_what_a_device_has_told_a_matcher_is_not_told_again() -> None:
         tell_as_device(room, opening[0], position, output[-1])
         if position % 3 == 2:
             for token in output[position - 2 :]:
-                room.masks.append(keys, np.array([token], np.int32), opening)
+                room.masks.append(keys, np.array([token], np.int32), opening, TOLD)
     assert room.masks.ready(slots, np.array([6])).all()
     assert mask_of(room, 0) == allowed("a", output, VOCAB)
     assert room.processes[0].looked == 0 and room.masks.openings(slots) == opening
@@ -441,7 +443,7 @@ def test_what_a_device_has_told_an_earlier_opening_is_told_to_the_present_one(is
     pool._hand(stream)
     if is_there:
         room.processes[0].receive()
-    room.masks.append(keys, np.array([token], np.int32), earlier)
+    room.masks.append(keys, np.array([token], np.int32), earlier, TOLD)
     assert room.masks.ready(slots, np.array([1])).all()
     assert mask_of(room, 0) == allowed("a", [token], VOCAB)
 
@@ -456,14 +458,15 @@ def test_a_matcher_owes_a_mask_for_what_a_device_has_told_it() -> None:
     room.processes[0]._late = 1.0
     token = allowed("a", [], VOCAB)[0]
     tell_as_device(room, room.masks.openings(slots)[0], 0, token)
-    room.masks.append(keys, np.array([token], np.int32), room.masks.openings(slots))
+    room.masks.append(keys, np.array([token], np.int32), room.masks.openings(slots), TOLD)
     assert np.isfinite(room.masks._pool.owed_since(slots)).all()
     room.clock.now += HANG_S + 1
     room.masks.look()
     assert room.processes[0].dead
 
 
-def test_what_a_device_tells_an_earlier_stream_of_a_place_hides_nothing() -> None:
+@pytest.mark.parametrize("told", [True, False])
+def test_what_a_device_tells_an_earlier_stream_of_a_place_hides_nothing(told) -> None:
     """It has taken that one's mask before the place changed hands, and samples a little later."""
     room = Room(SLOTS, VOCAB)
     pool = room.masks._pool
@@ -477,7 +480,7 @@ def test_what_a_device_tells_an_earlier_stream_of_a_place_hides_nothing() -> Non
     assert pool.place_of[1] == 0
     room.processes[0].receive()
     token = allowed("b", [], VOCAB)[0]
-    room.masks.append(keys, np.array([token], np.int32), earlier)
+    room.masks.append(keys, np.array([token], np.int32), earlier, told & TOLD)
     pool.shared.tell(np.array([0]), gone, np.array([0]), np.array([5]))
     assert room.masks.ready(slots, np.array([1])).all()
     assert mask_of(room, 1) == allowed("b", [token], VOCAB)
@@ -503,7 +506,7 @@ def test_a_matcher_that_is_always_ahead_of_the_host_has_answered() -> None:
     process.receive()
     room.masks.look()
     assert room.masks.openings(first) == opening and (room.masks.openings(slots) > 0).all()
-    room.masks.append(room.masks.keys(first), np.array([token], np.int32), opening)
+    room.masks.append(room.masks.keys(first), np.array([token], np.int32), opening, TOLD)
     assert room.masks.ready(first, np.array([1])).all()
     assert mask_of(room, 0) == allowed("a", [token], VOCAB)
 

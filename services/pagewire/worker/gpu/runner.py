@@ -140,13 +140,14 @@ class LaunchedRun(NamedTuple):
 
 
 class GrammarRows(NamedTuple):
-    """The rows [G] of a step in flight that have grammars, the streams that they belong to, and as
-    what the device tells their matchers of the tokens; 0: it does not."""
+    """The rows [G] of a step in flight that have grammars, the streams that they belong to, as what
+    matchers knew these when it was launched, and whether the device tells matchers the tokens."""
 
     handle: GpuStep
     rows: Ints
     keys: Keys
-    told_openings: npt.NDArray[np.uint64]
+    openings: npt.NDArray[np.uint64]
+    by_device: Bools
 
 
 @dataclass
@@ -483,8 +484,8 @@ class GpuRunner:
             awaits = self._extra.awaits(held)
             if awaits.any():
                 handle.learn = self._learn
-            openings = np.where(awaits, self._masks.openings(held), 0).astype(np.uint64)
-            self._unlearned.append(GrammarRows(handle, rows, self._masks.keys(held), openings))
+            keys, openings = self._masks.keys(held), self._masks.openings(held)
+            self._unlearned.append(GrammarRows(handle, rows, keys, openings, awaits))
 
     def _learn(self, wait: bool = False) -> None:
         """Tell the grammars the tokens of steps that are done; with `wait`, of all steps."""
@@ -508,7 +509,9 @@ class GpuRunner:
         known = slots[current & finite]
         self._slots.tokens[known, self._num_known[known]] = tokens[current & finite]
         self._num_known[known] += 1
-        self._masks.append(part.keys[finite], tokens[finite], part.told_openings[finite])
+        self._masks.append(
+            part.keys[finite], tokens[finite], part.openings[finite], part.by_device[finite]
+        )
 
     def _ready(self, slots: Ints, has_prompts: bool = False) -> Bools | None:
         """[S]: which of `slots` [S], whose logits are being computed, can be sampled as far as the

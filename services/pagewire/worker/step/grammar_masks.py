@@ -148,17 +148,23 @@ class GrammarMasks:
         return self._key_of[slots]
 
     def append(
-        self, keys: Keys, tokens: NDArray[np.int32], told_openings: NDArray[np.uint64] | None = None
+        self,
+        keys: Keys,
+        tokens: NDArray[np.int32],
+        openings: NDArray[np.uint64] | None = None,
+        by_device: Bools | None = None,
     ) -> None:
         """`tokens` [R] were sampled for the streams `keys` [R]; those that are over are passed
-        over. told_openings [R]: as what a device has told the streams' matchers of these tokens
-        itself (`openings`); 0: it has not."""
+        over. openings [R]: as what their matchers knew the streams when the step was launched; None:
+        as they do now. by_device [R]: a device has told the matchers these tokens, if they still know
+        the streams so; None: none of them."""
         slots = slots_of(keys)
         wanted = (self._key_of[slots] == keys) & (keys != NO_KEY)
-        sampled = told = np.zeros(len(keys), np.bool_)
-        if told_openings is not None:
-            sampled = told_openings != 0
-            told = sampled & (told_openings == self._pool.openings(slots))
+        known = self._pool.openings(slots)
+        stayed = np.ones(len(keys), np.bool_) if openings is None else openings == known
+        told = np.zeros(len(keys), np.bool_)
+        if by_device is not None:
+            told = by_device & stayed & (known != 0)
         if not told.all():
             self._take()  # a device may have taken masks that nobody has looked at here
         forced = wanted & (self._forced[slots] != NO_TOKEN)
@@ -168,19 +174,20 @@ class GrammarMasks:
         slots, tokens = slots[rows], tokens[rows]
         positions = self._num_output[slots]
         held = ~self._failed[slots]
-        by_device = held & told[rows]
-        # Of one that was lost meanwhile, the matcher has yet to hear all of its output. It is not told
-        # where a device may still tell what it samples for the stream that had the place before.
-        by_host = held & ~sampled[rows] & (self._mask_at[slots] == positions)
+        is_told = held & told[rows]
+        # Of one that was lost meanwhile, the matcher has yet to hear all of its output. So has that of
+        # one that has gone elsewhere: there, steps under way may still tell what they sample for the
+        # stream that had the place before.
+        to_tell = held & ~is_told & stayed[rows] & (self._mask_at[slots] == positions)
         self._mask_at[slots] = -1
         self._num_output[slots] += 1
         self._awaiting[slots] = held
-        self._pool.tell(slots[by_host], positions[by_host], tokens[by_host])
-        self._pool.told(slots[by_device])
+        self._pool.tell(slots[to_tell], positions[to_tell], tokens[to_tell])
+        self._pool.told(slots[is_told])
         # While the matchers compute.
         for slot, token in zip(slots.tolist(), tokens.tolist(), strict=True):
             self._streams[slot].output.append(token)
-        self._open_again(slots[held & ~by_host & ~by_device])
+        self._open_again(slots[held & ~to_tell & ~is_told])
 
     def _open_again(self, slots: Ints) -> None:
         """Their matchers hear all of the output once more."""
