@@ -20,7 +20,7 @@ from pagewire_kernels.slot_state import SlotState
 from torch import Tensor
 
 from ...grammar.messages import mask_words
-from ...grammar.shared import SharedMasks
+from ...grammar.shared import LOW_HALF, NO_POSITION, SharedMasks, tag_of
 from ..step.grammar_masks import GrammarMasks
 from ..step.slots import Ints, Slots
 from .masked_sampling import SampleMasked
@@ -149,12 +149,12 @@ class AwaitedSampling:
         shared, columns, first = self._masks.shared, self._columns, np.zeros(1, np.int64)
         self._host.fill(0)
         columns.slots[0] = len(self._state.last_token) - 1
-        columns.tag_keys[0] = 1 << 32
+        columns.tag_keys[0] = tag_of(LOW_HALF, NO_POSITION).view(np.int64)
         columns.tag_at[0] = shared.tag_addresses(first)[0]
         columns.mask_at[0] = shared.mask_addresses(first)[0]
         self._up(self._host, out=self._memory)
         self._state.num_computed[-1] = 0
-        token, tag = self._vocab_size - 1, 1 << 32 | 1
+        token, tag = self._vocab_size - 1, tag_of(LOW_HALF, 0)  # no stream has this key
         shared.masks[0, token // 32] = 1 << token % 32
         shared.tags[0] = tag
         sampled_tokens = torch.zeros_like(self._state.last_token[:1])
