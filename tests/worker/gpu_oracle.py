@@ -3,9 +3,11 @@ is: for checks on a machine with a GPU.
 
 A chosen token, or the n-th most likely one, may be behind float32's by twice the largest error of
 transformers' bf16 logits at its position: each of the two logits that are compared may be off by
-one such error. Where tokens choose experts, another choice makes a difference that no error at that
-position need tell of: the largest error of the whole part counts there. Errors of log-probabilities
-are bounded by those of transformers' bf16 for the same tokens at the same positions.
+one such error. Where transformers came closer than it does on average, the average of the part
+counts: that its roundings happened to cancel out there says nothing of ours. Where tokens choose
+experts, another choice makes a difference that no error at that position need tell of: the largest
+error of the whole part counts there. Errors of log-probabilities are bounded by those of
+transformers' bf16 for the same tokens at the same positions.
 Knows neither models nor how the stack was set up.
 """
 
@@ -27,6 +29,8 @@ PIECE = 512
 MEAN, MOST, MOST_ROUTED = 1.25, 2.0, 3.0
 """By how much our errors may exceed those of transformers' bf16, on average and at their largest;
 among experts, whose largest errors are those of a few tokens that chose others."""
+FURTHEST = 2.0
+"""How far a token may be behind, in errors of transformers' bf16."""
 TOP = 5
 """Log-probabilities that are asked for."""
 
@@ -167,19 +171,16 @@ def _flat(
 
 @dataclass
 class Tally:
-    """Of one part of a set-up. `chosen` tokens, of which `second` are not float32's first; of
-    `ranked` tokens (these, and the most likely ones) `outside` are further behind than they may be.
-    `behind`: the furthest, in errors of transformers' bf16."""
+    """Of one part of a set-up. `chosen` tokens, of which `second` are not float32's first."""
 
     chosen: int = 0
     second: int = 0
-    outside: int = 0
-    ranked: int = 0
-    behind: float = 0.0
     routed: bool = False
     """Tokens choose experts."""
     _gaps: list[Tensor] = field(default_factory=list[Tensor])
-    _noise: float = 0.0
+    """How far these tokens, and the most likely ones, are behind float32's."""
+    _noise: list[Tensor] = field(default_factory=list[Tensor])
+    """The largest error of transformers' bf16 at each one's position."""
     _ours: list[Tensor] = field(default_factory=list[Tensor])
     _theirs: list[Tensor] = field(default_factory=list[Tensor])
 
@@ -197,7 +198,7 @@ class Tally:
             gap = best[rows, 0] - exact[rows, ids]
             self.chosen += len(chosen)
             self.second += int((gap > 0).sum())
-            self._check(gap, noise[rows])
+            self._compare(gap, noise[rows])
         scores = [score for score in said.scores if at < score[0] <= at + len(exact)]
         if scores:
             places, ids, ranks = torch.tensor(
@@ -212,18 +213,23 @@ class Tally:
                 rough,
             )
             rows = (places - 1 - at)[ranks <= TOP]
-            self._check(
+            self._compare(
                 best[rows, ranks[ranks <= TOP] - 1] - exact[rows, ids[ranks <= TOP]], noise[rows]
             )
 
-    def _check(self, gap: Tensor, noise: Tensor) -> None:
-        self.ranked += len(gap)
-        if self.routed:
-            self._gaps.append(gap)
-            self._noise = max(self._noise, float(noise.max()))
-            return
-        self.outside += int((~(gap <= 2 * noise)).sum())
-        self.behind = max(self.behind, float((gap / noise).max()))
+    def _compare(self, gap: Tensor, noise: Tensor) -> None:
+        self._gaps.append(gap.cpu())
+        self._noise.append(noise.cpu())
+
+    def _ranks(self) -> tuple[int, int, float]:
+        """Ranks that were compared; those that are further behind than they may be; the furthest,
+        in errors of transformers' bf16."""
+        if not self._gaps:
+            return 0, 0, 0.0
+        gaps, noise = torch.cat(self._gaps), torch.cat(self._noise)
+        error = noise.max() if self.routed else noise.clamp(min=noise.mean())
+        outside = ~(gaps <= FURTHEST * error)  # what is no number, too
+        return len(gaps), int(outside.sum()), float((gaps / error).nan_to_num(0.0).max())
 
     def _score(
         self, rows: Tensor, ids: Tensor, ranks: Tensor, values: Tensor, exact: Tensor, rough: Tensor
@@ -234,17 +240,14 @@ class Tally:
 
     def verdict(self) -> tuple[str, list[str]]:
         """Figures, and what is wrong."""
-        if self._gaps:
-            gaps = torch.cat(self._gaps)
-            self.outside = int((~(gaps <= 2 * self._noise)).sum())
-            self.behind = float(gaps.max()) / self._noise
+        ranked, outside, behind = self._ranks()
         words = (
             [f"{self.second} of {self.chosen:,} tokens not float32's first"] if self.chosen else []
         )
-        words.append(f"{self.outside} of {self.ranked:,} ranks wrong (worst {self.behind:.2f})")
+        words.append(f"{outside} of {ranked:,} ranks wrong (worst {behind:.2f})")
         faults = (
-            [f"{self.outside} tokens are ranked higher than an error of bf16 explains"]
-            if self.outside
+            [f"{outside} tokens are ranked higher than an error of bf16 explains"]
+            if outside
             else []
         )
         if self._ours:
