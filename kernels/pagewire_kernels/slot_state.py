@@ -3,8 +3,9 @@ last step's tokens.
 
 `decode_inputs` turns a list of slots into the rows that the model and the sampler read; `commit`
 writes the sampled tokens back. Both run inside the captured graph of a decode step: they read
-everything from the device and have fixed shapes. A slot id of -1 is a padding row. The
-`*_reference` functions are the oracles in plain torch.
+everything from the device and have fixed shapes. A slot id of -1 is a padding row.
+`place_last_tokens` does for a step with prompts, which the CPU lays out, what only the device knows.
+The `*_reference` functions are the oracles in plain torch.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -18,6 +19,8 @@ from torch import Tensor
 from .sampling_map import PARAMETERS
 
 COPY_CHUNK = 1024
+LAST_TOKEN = -1
+"""An id that stands for the last token of its slot, which the CPU may not know."""
 
 
 @dataclass
@@ -194,3 +197,70 @@ def commit_reference(
     state.last_token[slots[live].long()] = sampled[live].int()
     state.num_computed[slots[live].long()] += 1
     sampled_tokens.copy_(torch.where(bad, -1, sampled))
+
+
+@triton.jit(do_not_specialize=["tokens", "rows", "picks"])
+def _place_last_tokens(
+    ids, token_slots, positions, mapping, tokens, row_slots, query_starts, seq_lens, rows,
+    picked_tokens, picked_slots, picked_positions, picks, num_computed, table, columns,
+    BLOCK_SIZE: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    last = tl.load(ids + i, mask=i < tokens, other=0) == LAST
+    slot = tl.load(token_slots + i, mask=last, other=0)
+    position = tl.load(num_computed + slot, mask=last, other=0)
+    block = tl.load(table + slot * columns + position // BLOCK_SIZE, mask=last, other=0)
+    tl.store(positions + i, position.to(tl.int64), mask=last)
+    place = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
+    tl.store(mapping + i, place, mask=last)
+
+    start = tl.load(query_starts + i, mask=i < rows, other=0)
+    has_tokens = tl.load(query_starts + i + 1, mask=i < rows, other=0) > start
+    last = tl.load(ids + start, mask=has_tokens, other=0) == LAST
+    slot = tl.load(row_slots + i, mask=last, other=0).to(tl.int64)
+    tl.store(seq_lens + i, tl.load(num_computed + slot, mask=last, other=0) + 1, mask=last)
+
+    token = tl.load(picked_tokens + i, mask=i < picks, other=0)
+    last = tl.load(ids + token, mask=i < picks, other=0) == LAST
+    slot = tl.load(picked_slots + i, mask=last, other=0)
+    position = tl.load(num_computed + slot, mask=last, other=0)
+    tl.store(picked_positions + i, position.to(tl.int64), mask=last)
+
+
+def place_last_tokens(
+    tokens: Tensor, rows: Tensor, picked: Tensor, state: SlotState, block_size: int
+) -> None:
+    """In a step of T tokens, B rows and P picked tokens, move the last tokens of slots to where the
+    device has counted up to: rows may have gone without a token in a step of which the CPU knows no
+    result yet. In place: tokens int64 [4, T], of which each row is contiguous, are ids, positions,
+    slot mapping (places in the KV cache) and slots; rows int32 [3, more than B] slots, sequence
+    lengths, and first tokens with the end behind them; picked int64 [3, P] indices of tokens, their
+    slots and positions. An id of LAST_TOKEN is a row of its own."""
+    ids, positions, mapping, token_slots = tokens.unbind(0)
+    row_slots, seq_lens, query_starts = rows.unbind(0)
+    count = min(len(row_slots) - 1, picked.shape[1])
+    most = max(len(ids), count)
+    _place_last_tokens[(triton.cdiv(most, 256),)](
+        ids, token_slots, positions, mapping, len(ids), row_slots, query_starts, seq_lens, count,
+        *picked.unbind(0), picked.shape[1], state.num_computed, state.table, state.table.shape[1],
+        BLOCK_SIZE=block_size, LAST=LAST_TOKEN, BLOCK=256
+    )  # fmt: skip
+
+
+def place_last_tokens_reference(
+    tokens: Tensor, rows: Tensor, picked: Tensor, state: SlotState, block_size: int
+) -> None:
+    """The oracle of `place_last_tokens`."""
+    last = tokens[0] == LAST_TOKEN
+    slots = tokens[3, last]
+    position = state.num_computed[slots].long()
+    blocks = state.table[slots].gather(1, (position // block_size)[:, None])[:, 0].long()
+    tokens[1, last] = position
+    tokens[2, last] = blocks * block_size + position % block_size
+    starts = rows[2].tolist()
+    for row in range(picked.shape[1]):
+        if starts[row + 1] > starts[row] and last[starts[row]]:
+            rows[1, row] = state.num_computed[rows[0, row]] + 1
+    for i, token in enumerate(picked[0].tolist()):
+        if last[token]:
+            picked[2, i] = state.num_computed[picked[1, i]]

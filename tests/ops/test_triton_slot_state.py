@@ -9,12 +9,15 @@ import pagewire_kernels
 import pytest
 import torch
 from pagewire_kernels.slot_state import (
+    LAST_TOKEN,
     DecodeRows,
     SlotState,
     commit,
     commit_reference,
     decode_inputs,
     decode_inputs_reference,
+    place_last_tokens,
+    place_last_tokens_reference,
 )
 
 SLOTS, COLUMNS, BLOCK = 11, 2500, 16
@@ -72,6 +75,48 @@ def test_commit_touches_only_the_rows_it_is_given():
         state.num_computed, other.num_computed
     )
     assert state.num_computed[7] == random_state(2).num_computed[7] + 1
+
+
+def mixed_step(state: SlotState) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows of slots 4, 9 and 2, of which 9 has three tokens that are known, and one of padding; 4
+    and 2 were expected one and two tokens behind where they are."""
+    spare = SLOTS - 1
+    tokens = torch.full((4, 16), POISON, dtype=torch.int64)
+    tokens[0] = 0
+    tokens[0, :5] = torch.tensor([LAST_TOKEN, 50, 51, 52, LAST_TOKEN])
+    tokens[1, :5] = torch.tensor([701, 5, 6, 7, 39_000])
+    tokens[3] = spare
+    tokens[3, :5] = torch.tensor([4, 9, 9, 9, 2])
+    rows = torch.zeros(3, 4 + 4, dtype=torch.int32)
+    rows[0] = spare
+    rows[0, :3] = torch.tensor([4, 9, 2])
+    rows[1, :3] = torch.tensor([702, 8, 39_001])
+    rows[2, 1:] = torch.tensor([1, 4, 5, 5, 5, 5, 5])
+    picked = torch.zeros(3, 4, dtype=torch.int64)
+    picked[1] = spare
+    picked[0, :2], picked[1, :2], picked[2, :2] = (
+        torch.tensor(values) for values in ([0, 4], [4, 2], [701, 39_000])
+    )
+    state.num_computed[[4, 9, 2, spare]] = torch.tensor([700, 5, 38_998, 0], dtype=torch.int32)
+    return tokens, rows, picked
+
+
+def test_last_tokens_are_placed_where_the_device_has_counted_up_to():
+    state, other = random_state(3), random_state(3)
+    step, expected = mixed_step(state), mixed_step(other)
+    place_last_tokens(*step, state, BLOCK)
+    place_last_tokens_reference(*expected, other, BLOCK)
+    for mine, wanted in zip(step, expected, strict=True):
+        assert torch.equal(mine, wanted)
+    tokens, rows, picked = step
+    block = int(state.table[2, 38_998 // BLOCK])
+    assert tokens[1, :5].tolist() == [700, 5, 6, 7, 38_998]
+    assert int(tokens[2, 4]) == block * BLOCK + 38_998 % BLOCK
+    assert (tokens[2, 1:4] == POISON).all() and (tokens[2, 5:] == POISON).all()
+    assert rows[1].tolist() == [701, 8, 38_999, 0, 0, 0, 0, 0]
+    assert picked[2, :2].tolist() == [700, 38_998]
+    before = mixed_step(random_state(3))
+    assert torch.equal(tokens[0], before[0][0]) and torch.equal(rows[2], before[1][2])
 
 
 @pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=lambda path: path.name)

@@ -196,6 +196,25 @@ def test_streams_are_spread_over_matchers(monkeypatch: pytest.MonkeyPatch) -> No
     assert not any(matcher.streams for matcher in bench.room.masks._pool.matchers)
 
 
+def test_few_streams_wake_few_matchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there have been before."""
+    monkeypatch.setattr(matcher_pool, "CROWDED", 2)
+    monkeypatch.setattr(matcher_pool, "max_matchers", lambda: 3)
+    bench = Bench(0)
+    requests = {slot: Request("abcdef"[slot], [slot]) for slot in range(SLOTS)}
+    bench.step(admit=requests)
+    for _ in range(3):
+        bench.step()
+    bench.step(retire=list(requests))
+    matchers = bench.room.masks._pool.matchers
+    for slot, counts in enumerate(([1, 0, 0], [2, 0, 0], [2, 1, 0], [2, 2, 0], [2, 2, 1])):
+        bench.step(admit={slot: Request("abcdef"[slot], [slot])})
+        assert [len(matcher.streams) for matcher in matchers] == counts
+    bench.step(retire=[0, 1])
+    bench.step(admit={0: Request("a", [0])})
+    assert [len(matcher.streams) for matcher in matchers] == [1, 2, 1]
+
+
 class Busy(StandIn):
     """Says and hears nothing while it `is_held`, as one that computes; but what it works for is
     written."""

@@ -17,7 +17,7 @@ import torch
 from pagewire_kernels import cuda as ops
 from pagewire_kernels.batch import Batch
 from pagewire_kernels.graph_capture import capture
-from pagewire_kernels.slot_state import SlotState
+from pagewire_kernels.slot_state import LAST_TOKEN, SlotState, place_last_tokens
 from pagewire_protocol.messages import Shared
 from torch import Tensor
 
@@ -60,8 +60,6 @@ ROW_SLOTS, SEQ_LENS, QUERY_STARTS = range(3)
 # Rows of Inputs.picked.
 PICKED_TOKENS, PICKED_SLOTS, PICKED_POSITIONS = range(3)
 
-LAST_TOKEN: Final = -1
-"""An id that stands for the last token of its slot, which the host may not know."""
 NO_CACHE_SLOT: Final = -1
 """Keys and values of padding are written nowhere."""
 
@@ -136,12 +134,14 @@ class MixedSteps:
         host_known_len: Ints,
         shared: Shared | None,
         hook: LogitsHook | None = None,
+        moved: bool = False,
     ) -> Decoded:
         """Compute `step`; the first rows of the result are those of step.sampling, in order.
 
         host_known_len [slots]: how many tokens of each slot the host knows. shared: prefix groups
         among the leading rows of one token. hook looks at the logits of further tokens: the step is
-        then run eagerly. Raises CommunicatorFailed.
+        then run eagerly. moved: rows of one token may begin before `step` says, where the device
+        has counted up to. Raises CommunicatorFailed.
         """
         tokens = int(step.counts.sum())
         rows = self.padded(len(step.slots))
@@ -149,13 +149,13 @@ class MixedSteps:
         size = next((size for size in self._sizes if size >= tokens), 0)
         captured = self._graphs.find((size, rows)) if hook is None and size else None
         if captured is not None:
-            self._fill(captured.inputs, step, host_known_len)
+            self._fill(captured.inputs, step, host_known_len, moved)
             self._receive(tokens, captured.inputs.tokens.shape[1])
             captured.graph.replay()
             return captured.decoded
         padded_tokens = -(-tokens // EAGER_TOKENS) * EAGER_TOKENS
         inputs = self._padding(padded_tokens, rows)
-        self._fill(inputs, step, host_known_len)
+        self._fill(inputs, step, host_known_len, moved)
         self._receive(tokens, padded_tokens)
         return self.forward(inputs, hook)
 
@@ -212,7 +212,7 @@ class MixedSteps:
         kernels."""
         return next((size for size in ROWS if rows <= size < self._slots.count), self._slots.count)
 
-    def _fill(self, inputs: Inputs, step: StepRows, host_known_len: Ints) -> None:
+    def _fill(self, inputs: Inputs, step: StepRows, host_known_len: Ints, moved: bool) -> None:
         """Bring the step to the device, padding included, whatever `inputs` held before."""
         for values, out in (
             (self._token_columns(inputs.tokens.shape, step, host_known_len), inputs.tokens),
@@ -220,6 +220,13 @@ class MixedSteps:
             (self._picked_columns(inputs.picked.shape, step), inputs.picked),
         ):
             self._uploads.up(values, out=out)
+        if moved:
+            self._place_last_tokens(inputs)
+
+    def _place_last_tokens(self, inputs: Inputs) -> None:
+        place_last_tokens(
+            inputs.tokens, inputs.rows, inputs.picked, self._state, self._slots.block_size
+        )
 
     def _token_columns(self, shape: tuple[int, ...], step: StepRows, host_known_len: Ints) -> Ints:
         """Inputs.tokens: the rows' new tokens end to end, then padding."""
@@ -359,7 +366,9 @@ class MixedSteps:
             ]
         total = len(warm) + MixedGraphs.count_at_start(graphs)
         for done, (size, count) in enumerate(warm):
-            self.forward(self._padding(size, count))
+            inputs = self._padding(size, count)
+            self._place_last_tokens(inputs)
+            self.forward(inputs)
             torch.cuda.synchronize()
             progress(done / total)
         self._graphs.start(graphs, lambda done: progress((len(warm) + done) / total))

@@ -454,10 +454,6 @@ class GpuRunner:
             self._masks.follow(step)
             # Before `take`: a request begins on the device where it begins on the host.
             self._mirror(step)
-            if self._unlearned and not self._slots.are_decodes(slots, counts):
-                # Steps with prompts are computed by the host's numbers.
-                self._learn(wait=True)
-                self._meanwhile()
             rows = self._applier.take(slots, counts)
             run = self._run(rows, step.shared)
             sampled_slots = slots[rows.sampling]
@@ -645,7 +641,9 @@ class GpuRunner:
         sampled_slots = rows.slots[rows.sampling]
         hook = self._extra.prompt_hook(rows.slots, rows.first, rows.end, logprobs)
         self._extra.begin(sampled_slots, has_prompts=True)
-        decoded = self._mixed.run(rows, self._extra.host_known_len, shared, hook)
+        # Until the grammars are told, some rows that slots count a token of may turn out to be late.
+        moved = bool(self._unlearned)
+        decoded = self._mixed.run(rows, self._extra.host_known_len, shared, hook, moved)
         if not len(sampled_slots):
             return LaunchedRun(None, logprobs)
         ready = self._ready(sampled_slots, has_prompts=True)

@@ -2,7 +2,8 @@
 and what they answer (grammar/shared.py).
 
 Masks for many rows take longer than a forward pass. So where there are processors enough, a matcher
-that has many streams gets another one beside it, and streams are spread over those that are ready.
+that has many streams gets another one beside it, and streams are spread over those that are ready,
+though over no more than they need: each that has any wakes several times a step.
 """
 
 import itertools
@@ -110,7 +111,7 @@ class MatcherPool:
             self._is_precise = True
             sleep_precisely()  # who waits for masks is this thread
         self._hand(stream)
-        wanted = min(self._max_matchers, -(-streams // CROWDED))
+        wanted = self._num_wanted(streams)
         while len(self.matchers) < wanted:
             self._add_matcher()
         for matcher in self.matchers[:wanted]:
@@ -265,15 +266,20 @@ class MatcherPool:
                 self._on_lost([stream])
                 self._hand(stream)
 
+    def _num_wanted(self, streams: int) -> int:
+        """How many matchers so many streams are for."""
+        return min(self._max_matchers, -(-streams // CROWDED))
+
     def _hand(self, stream: Stream) -> None:
-        """To the least busy matcher that has a place for it: of those that are ready, or else of
-        the others, which may still load, or else to one more. All that there can be have places
-        enough for all slots."""
+        """To the least busy matcher that has a place for it: of those that are ready, as far as that
+        many are wanted, or else of the others, which may still load, or else to one more. All that
+        there can be have places enough for all slots."""
         open_ones = [matcher for matcher in self.matchers if not matcher.is_full]
         if not open_ones:
             self._add_matcher()
             open_ones = self.matchers[-1:]
-        ready = [matcher for matcher in open_ones if matcher.is_ready]
+        streams = 1 + sum(len(matcher.streams) for matcher in self.matchers)
+        ready = [matcher for matcher in open_ones if matcher.is_ready][: self._num_wanted(streams)]
         least = min(ready or open_ones, key=lambda matcher: len(matcher.streams))
         self._at[stream.slot] = at = self.matchers.index(least)
         least.add(stream)

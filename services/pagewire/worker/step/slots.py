@@ -207,13 +207,6 @@ class Slots:
         whose last token it computes, unless they want none."""
         return (end == self.num_tokens[slots]) & ~self.prefill_only[slots]
 
-    def are_decodes(self, slots: Ints, counts: Ints) -> bool:
-        """Whether each of `slots` [N], of which a step is to compute counts[i] tokens, computes its
-        last one alone, and samples the next. Raises BadStep."""
-        self._check(slots)
-        end = self.num_computed[slots] + counts
-        return bool((counts == 1).all() and self.samples(slots, end).all())
-
     def append_tokens(self, slots: Ints, tokens: npt.NDArray[np.int32]) -> None:
         """One sampled token more for each of `slots` [N], which differ."""
         self.tokens[slots, self.num_tokens[slots]] = tokens
