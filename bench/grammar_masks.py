@@ -123,16 +123,28 @@ class Device:
         self._sampled = np.zeros(rows, np.int64)
         """By slot: how many tokens."""
 
-    def take(self, awaited: Any, count: int, patient: bool, state: Any, taken: Any) -> None:
-        """See pagewire_kernels.awaited_masks. It waits for all."""
+    def sample_awaited(
+        self,
+        logits: Any,
+        awaited: Any,
+        count: int,
+        state: Any,
+        sampled_tokens: Any,
+        told_offsets: Any,
+    ) -> None:
+        """See pagewire_kernels.awaited_sampling. It waits for all."""
         began = time.thread_time()
         shared, slots = self.shared, awaited.slots[:count].numpy()
         places = (awaited.tag_at[:count].numpy() - shared.tag_addresses(0)) // 8
-        self._told = places, awaited.tag_keys[:count].numpy().view(np.uint64)
-        tags = self._told[1] | (self._sampled[slots] + 1).astype(np.uint64)
+        self._sampled[slots] += 1
+        keys = awaited.tag_keys[:count].numpy().view(np.uint64)
+        tags = keys | self._sampled[slots].astype(np.uint64)
         while (shared.tags[places] != tags).any():
             time.sleep(0.0001)
-        taken.words[:count, : taken.num_words] = _tensor(shared.masks[places].view(np.int32))
+        tokens = any_tokens(shared.masks[places], self._random)
+        sampled_tokens.numpy()[awaited.rows[:count].numpy()] = tokens
+        shared.told_tokens[places] = tokens
+        shared.told_tags[places] = tags
         self.spent += time.thread_time() - began
 
     def sample_masked(
@@ -141,14 +153,7 @@ class Device:
         """See pagewire_kernels.masked_sampling."""
         began = time.thread_time()
         words = held.words[held.masks.long()].numpy().view(np.uint32)
-        tokens = any_tokens(words, self._random)
-        sampled_tokens.numpy()[held.rows.numpy()] = tokens
-        if self.shared is not None:
-            (places, keys), slots = self._told, held.slots.numpy()
-            tags = keys | (self._sampled[slots] + 1).astype(np.uint64)
-            self._sampled[slots] += 1
-            self.shared.told_tokens[places] = tokens
-            self.shared.told_tags[places] = tags
+        sampled_tokens.numpy()[held.rows.numpy()] = any_tokens(words, self._random)
         self.spent += time.thread_time() - began
 
     def group(self, *_: Any) -> int:
@@ -164,20 +169,13 @@ class Device:
         return self._decoded
 
 
-def _tensor(values: Any) -> Any:
-    import torch
-
-    return torch.from_numpy(np.ascontiguousarray(values))
-
-
 def gpu_runner(
     device: Device, rows: int, model: Any, vocab_size: int, ranks: int
 ) -> tuple[Any, Any]:
     """A GpuRunner over `device`, and its masks."""
     import torch
     from gpu_on_cpu import Uploads  # pyright: ignore[reportMissingImports]
-    from pagewire.worker.gpu import runner
-    from pagewire.worker.gpu.awaited_sampling import AwaitedSampling
+    from pagewire.worker.gpu import awaited_sampling, runner
     from pagewire.worker.gpu.resample import ExtraSampling, Kernels
     from pagewire.worker.step.grammar_masks import GrammarMasks
     from pagewire.worker.step.slots import Slots
@@ -199,8 +197,11 @@ def gpu_runner(
     kernels = Kernels(nothing, nothing, nothing, nothing, device.sample_masked)
     awaited = None
     if ranks == 1:
-        awaited_masks.take, awaited_masks.begin = device.take, nothing
-        awaited = AwaitedSampling(slots, state, uploads, masks, vocab_size, device.sample_masked)
+        awaited_masks.wait = awaited_masks.begin = nothing
+        awaited_sampling.sample_awaited = device.sample_awaited
+        awaited = awaited_sampling.AwaitedSampling(
+            slots, state, uploads, masks, vocab_size, device.sample_masked
+        )
         device.shared = masks.shared
         masks.let_device_tell()
     parts: Any = SimpleNamespace(

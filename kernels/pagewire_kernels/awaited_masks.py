@@ -4,9 +4,11 @@ device takes them when the step's logits are there, so that nobody who launches 
 Of each row a tag, one word in that memory, says whose mask there is and for which position; it is
 written after the mask. A row whose mask is not there in time is late: it gets no token, and its slot
 is put back to where it was before the step. The tokens of the others go to that memory as well, each
-before a tag of its own: the same word as that of its mask. `take` comes behind what computes the
-step, and then `masked_sampling.sample_masked`; `begin` comes before the step where rows are waited
-for or prompts computed.
+before a tag of its own: the same word as that of its mask.
+
+Behind what computes the step comes `awaited_sampling.sample_awaited`; or, where some row has top-k,
+top-p or min-p, `take`, which copies masks, and `masked_sampling.sample_masked`. `wait` comes before
+either where rows are waited for, and `begin` before the step, where they are or prompts are computed.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
@@ -20,7 +22,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .masked_sampling import LateRows, Layout, MaskedSamplingRows, columns, columns_bytes
+from .masked_sampling import (
+    LateRows,
+    Layout,
+    MaskedSamplingRows,
+    columns,
+    columns_bytes,
+    wanted_tag,
+)
 from .sampling_map import PARAMETERS, SamplingRows
 from .signals import now
 from .slot_state import SlotState
@@ -108,8 +117,8 @@ class TakenMasks:
             *told_offsets,
         )
 
-    def sampled(self, awaited: AwaitedRows, count: int, filtered: bool) -> MaskedSamplingRows:
-        """The first `count` rows as they are sampled; filtered: some restrict the vocabulary."""
+    def sampled(self, awaited: AwaitedRows, count: int) -> MaskedSamplingRows:
+        """The first `count` rows as they are sampled, some of which restrict the vocabulary."""
         return MaskedSamplingRows(
             awaited.rows[:count],
             awaited.slots[:count],
@@ -119,9 +128,20 @@ class TakenMasks:
                 awaited.values[:, :count],
                 awaited.seeds[:count],
                 self.positions[:count],
-                filtered,
+                True,
             ),
         )
+
+
+@triton.jit
+def _begin(last_token, kept_token, clock, slots, BLOCK: tl.constexpr, ON_DEVICE: tl.constexpr):
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = slot < slots
+    tl.store(kept_token + slot, tl.load(last_token + slot, mask=inside, other=0), mask=inside)
+    if tl.program_id(0) == 0:
+        if ON_DEVICE:
+            tl.store(clock, now())
+        tl.store(clock + 1, tl.full([], 0, tl.int64))
 
 
 @triton.jit
@@ -142,6 +162,14 @@ def _acquired(address, ON_DEVICE: tl.constexpr):
 
 
 @triton.jit
+def ordered():
+    """What was read before is read before what follows."""
+    tl.inline_asm_elementwise(
+        "fence.acq_rel.sys; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def _nap():
     """A microsecond or so, between two looks over the bus."""
     tl.inline_asm_elementwise(
@@ -150,60 +178,50 @@ def _nap():
 
 
 @triton.jit
-def _ordered():
-    """What was read before is read before what follows."""
-    tl.inline_asm_elementwise(
-        "fence.acq_rel.sys; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def _begin(last_token, kept_token, clock, slots, BLOCK: tl.constexpr, ON_DEVICE: tl.constexpr):
-    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = slot < slots
-    tl.store(kept_token + slot, tl.load(last_token + slot, mask=inside, other=0), mask=inside)
-    if tl.program_id(0) == 0:
-        if ON_DEVICE:
-            tl.store(clock, now())
-        tl.store(clock + 1, tl.full([], 0, tl.int64))
-
-
-@triton.jit
-def _take(slots, prompt_lens, tag_keys, tag_at, mask_at, num_computed, words, positions, late, clock, num_words,
-          stride, BLOCK: tl.constexpr, PATIENT: tl.constexpr, ON_DEVICE: tl.constexpr):  # fmt: skip
+def _wait(slots, prompt_lens, tag_keys, tag_at, num_computed, clock):
     """One warp a row: threads that saw different tags could not go on together."""
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0)
     computed = tl.load(num_computed + tl.load(slots + row).to(tl.int64))
+    tag = wanted_tag(computed, tl.load(prompt_lens + row), tl.load(tag_keys + row))
+    address = tl.load(tag_at + row)
+    if address != 0:
+        began = now()
+        computing = tl.minimum(began - tl.load(clock), LONGEST_NS)
+        there = _acquired(address, True) == tag
+        waits = there == 0
+        while waits:
+            _nap()
+            there = _acquired(address, True) == tag
+            # As long as it would take to compute the rows that are missing once more.
+            missing = rows - tl.load(clock + 1, volatile=True)
+            waits = (there == 0) & ((now() - began) * rows < computing * missing)
+        if there:
+            tl.atomic_add(clock + 1, tl.full([], 1, tl.int64))
+
+
+@triton.jit
+def _take(slots, prompt_lens, tag_keys, tag_at, mask_at, num_computed, words, positions, late, num_words,
+          stride, BLOCK: tl.constexpr, ON_DEVICE: tl.constexpr):  # fmt: skip
+    """One warp a row, as above."""
+    row = tl.program_id(0).to(tl.int64)
+    computed = tl.load(num_computed + tl.load(slots + row).to(tl.int64))
     tl.store(positions + row, (computed - 1).to(tl.int64))
-    key = tl.load(tag_keys + row)
-    tag = key | (computed - tl.load(prompt_lens + row) + 1).to(tl.int64)
+    tag = wanted_tag(computed, tl.load(prompt_lens + row), tl.load(tag_keys + row))
     address = tl.load(tag_at + row)
     there = tl.full([], 0, tl.int1)
     if address != 0:
         there = _acquired(address, ON_DEVICE) == tag
-        if PATIENT and ON_DEVICE:
-            began = now()
-            computing = tl.minimum(began - tl.load(clock), LONGEST_NS)
-            waits = there == 0
-            while waits:
-                _nap()
-                there = _acquired(address, ON_DEVICE) == tag
-                # As long as it would take to compute the rows that are missing once more.
-                missing = rows - tl.load(clock + 1, volatile=True)
-                waits = (there == 0) & ((now() - began) * rows < computing * missing)
     own = tl.multiple_of(words + row * stride, 16)
     end = tl.cdiv(num_words, 4) * 4
     if there:
-        if PATIENT and ON_DEVICE:
-            tl.atomic_add(clock + 1, tl.full([], 1, tl.int64))
         mask = tl.multiple_of(tl.load(mask_at + row).to(tl.pointer_type(tl.int32)), 16)
         for start in range(0, end, BLOCK):
             i = start + tl.arange(0, BLOCK)
             inside = i < end
             tl.store(own + i, tl.load(mask + i, mask=inside, other=0, volatile=True), mask=inside)
         if ON_DEVICE:
-            _ordered()
+            ordered()
         # The stream may have gone elsewhere meanwhile, and another one have its place.
         there = _acquired(address, ON_DEVICE) == tag
     if there == 0:
@@ -222,12 +240,18 @@ def begin(state: SlotState, taken: TakenMasks) -> None:
     )  # fmt: skip
 
 
-def take(
-    awaited: AwaitedRows, count: int, patient: bool, state: SlotState, taken: TakenMasks
-) -> None:
+def wait(awaited: AwaitedRows, count: int, state: SlotState, taken: TakenMasks) -> None:
+    """Behind what computes the step: until the masks of the first `count` of `awaited` are there, or
+    as long as it would take to compute those that are not once more. Who takes them looks again."""
+    if state.last_token.is_cuda:  # nothing is written while the CPU does its work
+        _wait[(count,)](
+            awaited.slots, awaited.prompt_lens, awaited.tag_keys, awaited.tag_at, state.num_computed, taken.clock, num_warps=1
+        )  # fmt: skip
+
+
+def take(awaited: AwaitedRows, count: int, state: SlotState, taken: TakenMasks) -> None:
     """The masks of the first `count` of `awaited`, whose logits are there and whose slots count what
-    the step has computed. Those that are not there are late; patient: they are waited for, as long as
-    it would take to compute so many rows again."""
+    the step has computed. Those that are not there are late."""
     _take[(count,)](awaited.slots, awaited.prompt_lens, awaited.tag_keys, awaited.tag_at, awaited.mask_at,
-        state.num_computed, taken.words, taken.positions, taken.late, taken.clock, taken.num_words,
-        taken.words.stride(0), BLOCK=BLOCK, PATIENT=patient, ON_DEVICE=state.last_token.is_cuda, num_warps=1)  # fmt: skip
+        state.num_computed, taken.words, taken.positions, taken.late, taken.num_words, taken.words.stride(0),
+        BLOCK=BLOCK, ON_DEVICE=state.last_token.is_cuda, num_warps=1)  # fmt: skip

@@ -160,6 +160,40 @@ def _tell(token_address, token, tag_address, tag, ON_DEVICE: tl.constexpr):
         tl.store(tag_address.to(tl.pointer_type(tl.int64)), tag)
 
 
+@triton.jit
+def merged(numbers, ids, row, slices, S_PAD: tl.constexpr):
+    """(the token of the best score, the largest flag) of a row whose slices have written both, and
+    their ids: numbers float32 [rows, slices, 2], ids int32 [rows, slices]."""
+    s = tl.arange(0, S_PAD)
+    found = row * slices + s
+    inside = s < slices
+    score = tl.load(numbers + found * 2, mask=inside, other=float("-inf"), cache_modifier=".cg")
+    flag = tl.load(numbers + found * 2 + 1, mask=inside, other=0.0, cache_modifier=".cg")
+    tokens = tl.load(ids + found, mask=inside, other=2147483647, cache_modifier=".cg")
+    token = tl.min(tl.where(score == tl.max(score, 0), tokens, 2147483647), 0)
+    return token, tl.max(flag, 0)
+
+
+@triton.jit
+def wanted_tag(computed, prompt_len, key):
+    """Of the mask for the token that is sampled once `computed` tokens are: its position counts in
+    the output."""
+    return key | (computed - prompt_len + 1).to(tl.int64)
+
+
+@triton.jit
+def settle(slot, token, result, is_late, computed, tag, address, kept_token, num_computed,
+           token_offset, told_offset, LATE: tl.constexpr, ON_DEVICE: tl.constexpr):  # fmt: skip
+    """The last token and the result of a row that has sampled `token`, or is late: then its slot is
+    put back. Else matchers are told."""
+    token = tl.where(is_late, tl.load(kept_token + slot), token)
+    result = tl.where(is_late, LATE, result)
+    tl.store(num_computed + slot, tl.where(is_late, computed - 1, computed))
+    if (result >= 0) & (address != 0):
+        _tell(address + token_offset, result.to(tl.int64), address + told_offset, tag, ON_DEVICE)
+    return token, result
+
+
 @triton.jit(do_not_specialize=["slices"])
 def _sample_masked(logits, rows, slots, masks, words, thresholds, temperatures, seeds, positions, numbers, ids, arrived,
                    last_token, sampled_tokens, late, kept_token, num_computed, tag_keys, tag_at, prompt_lens,
@@ -196,27 +230,16 @@ def _sample_masked(logits, rows, slots, masks, words, thresholds, temperatures, 
     tl.debug_barrier()
     if tl.atomic_add(arrived + held, 1) == slices - 1:
         tl.store(arrived + held, 0)
-        s = tl.arange(0, S_PAD)
-        found = held * slices + s
-        inside = s < slices
-        score = tl.load(numbers + found * 2, mask=inside, other=float("-inf"), cache_modifier=".cg")
-        flag = tl.load(numbers + found * 2 + 1, mask=inside, other=0.0, cache_modifier=".cg")
-        tokens = tl.load(ids + found, mask=inside, other=2147483647, cache_modifier=".cg")
-        token = tl.min(tl.where(score == tl.max(score, 0), tokens, 2147483647), 0)
-        result = tl.where(tl.sum(flag, 0) > 0, -1, token)
+        token, flag = merged(numbers, ids, held, slices, S_PAD)
+        result = tl.where(flag > 0, -1, token)
         slot = tl.load(slots + held).to(tl.int64)
         if MAY_BE_LATE:
             is_late = tl.load(late + held) != 0
-            token = tl.where(is_late, tl.load(kept_token + slot), token)
-            result = tl.where(is_late, LATE, result)
             computed = tl.load(num_computed + slot)
-            tl.store(num_computed + slot, tl.where(is_late, computed - 1, computed))
             address = tl.load(tag_at + held)
-            if (result >= 0) & (address != 0):
-                tag = tl.load(tag_keys + held) | (computed - tl.load(prompt_lens + held) + 1).to(
-                    tl.int64
-                )
-                _tell(address + token_offset, result.to(tl.int64), address + told_offset, tag, FAST)
+            tag = wanted_tag(computed, tl.load(prompt_lens + held), tl.load(tag_keys + held))
+            token, result = settle(slot, token, result, is_late, computed, tag, address, kept_token, num_computed,
+                                   token_offset, told_offset, LATE, FAST)  # fmt: skip
         tl.store(last_token + slot, token)
         tl.store(sampled_tokens + row, result)
 

@@ -38,7 +38,7 @@ def _log(x, FAST: tl.constexpr):
 
 
 @triton.jit
-def _gumbel(seed, position, first, BLOCK: tl.constexpr, FAST: tl.constexpr):
+def gumbel(seed, position, first, BLOCK: tl.constexpr, FAST: tl.constexpr):
     """Noise for the BLOCK vocabulary ids from `first`, a multiple of 4, on."""
     c0 = first // 4 + tl.arange(0, BLOCK // 4)
     zero = c0 * 0
@@ -50,6 +50,12 @@ def _gumbel(seed, position, first, BLOCK: tl.constexpr, FAST: tl.constexpr):
     series = u * (1.0 + u * (0.5 + u * (0.33333333 + u * 0.25)))
     wait = tl.where(u < 0.01, series, -_log(tl.maximum(1.0 - u, 2.98e-8), FAST))
     return -_log(wait, FAST)
+
+
+@triton.jit
+def scale_of(temperature):
+    """What logits are multiplied by before noise is added; 1 where none is."""
+    return tl.where(temperature >= 1e-5, 1.0 / tl.maximum(temperature, 1e-5), 1.0)
 
 
 @triton.jit
@@ -65,7 +71,7 @@ def _slice(
     peak = tl.full([BLOCK], -1e30, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     bad = tl.zeros([BLOCK], tl.int32)
-    scale = tl.where(temperature >= 1e-5, 1.0 / tl.maximum(temperature, 1e-5), 1.0)
+    scale = scale_of(temperature)
     for start in tl.range(lo, hi, BLOCK, num_stages=3):
         i = start + tl.arange(0, BLOCK)
         x = tl.load(logits + i, mask=i < hi, other=float("-inf")).to(tl.float32)
@@ -76,7 +82,7 @@ def _slice(
         x = tl.where(x != x, float("-inf"), x)
         score = x * scale
         if temperature >= 1e-5:
-            score += _gumbel(seed, position, start, BLOCK, FAST)
+            score += gumbel(seed, position, start, BLOCK, FAST)
         score = tl.where(x >= threshold, score, float("-inf"))
         where = tl.where(score > best, i, where)
         best = tl.maximum(best, score)

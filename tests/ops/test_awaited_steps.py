@@ -4,8 +4,9 @@ GPU's runner on the CPU, driven by a small scheduler; each token must be the one
 gets when it runs alone."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -25,6 +26,7 @@ from pagewire.worker.load import loader
 from pagewire.worker.runners import AsyncFromSync
 from pagewire.worker.step import matcher, matcher_pool
 from pagewire_kernels import awaited_masks
+from pagewire_kernels import awaited_sampling as kernels
 from pagewire_kernels.kv_cache import raw
 from pagewire_protocol.agreed import GRAMMAR_FAILED
 from pagewire_protocol.messages import Admission, Step, StepCost, StepResult, pack, unpack
@@ -445,8 +447,17 @@ class Chaos:
         self._openings = np.zeros(SLOTS, np.uint64)
         """By slot: as what the device knows the streams of the step that it is given."""
         monkeypatch.setattr(self.room.masks, "openings", lambda slots: self._openings[slots])
-        self._take = awaited_masks.take
-        monkeypatch.setattr(awaited_sampling.awaited_masks, "take", self._take_later)
+        monkeypatch.setattr(kernels, "THREADS", 4)
+        monkeypatch.setattr(kernels, "SPAN", 4 * 32)
+        take, sample = awaited_masks.take, awaited_sampling.sample_awaited
+        monkeypatch.setattr(
+            awaited_sampling.awaited_masks, "take", lambda *given: self._later(take, *given)
+        )
+        monkeypatch.setattr(
+            awaited_sampling,
+            "sample_awaited",
+            lambda logits, *given: self._later(partial(sample, logits), *given),
+        )
         self.loaded = loader.load(path, ModelConfig(), CONFIG, lambda stage, fraction: None)
         parts = gpu_on_cpu.parts(self.loaded, SLOTS, self.room.masks, awaits=True)
         self.runner = GpuRunner(parts, StepCost(1.0, 0.0, 0.0), 7, [])
@@ -469,7 +480,7 @@ class Chaos:
                 pool._hand(stream)
                 self.moved += 1
 
-    def _take_later(self, *given: Any) -> None:
+    def _later(self, take: Callable[..., None], *given: Any) -> None:
         """A device looks at masks some time after the step was launched: by then, the host may have
         seen the steps before, and told matchers of them, and places may have changed hands; so they
         may once more before it samples."""
@@ -481,7 +492,7 @@ class Chaos:
         for column, present in zip(known, self.room.masks.tags(slots), strict=True):
             assert (column[:count].numpy() == present).all(), "the device knows what was once"
         self._work()
-        self._take(*given)
+        take(*given)
         if self.random.random() < 0.3:
             self._work()
 

@@ -3,11 +3,11 @@
     python tests/worker/gpu_awaited.py
 
 Masks that the device takes out of the host's memory (pagewire_kernels/awaited_masks.py), written by
-another process meanwhile: each one that is taken is whole and the one that its tag names, also while
-its place goes from stream to stream; patient rows get theirs while the device waits, others are
-late; slots of late rows are put back, and the tokens of the others are told in that memory. Then
-what it takes for 256 rows, and how soon a mask is taken once it is written. One line tells the
-verdict; the exit status is 0 when all is well.
+another process meanwhile: each one that is copied, or sampled under, is whole and the one that its
+tag names, also while its place goes from stream to stream; patient rows get theirs while the device
+waits, others are late; slots of late rows are put back, and the tokens of the others are told in
+that memory. Tokens are those of sampling masked logits. Then what it takes for up to 256 rows. One
+line tells the verdict; the exit status is 0 when all is well.
 """
 
 import functools
@@ -132,48 +132,89 @@ class Step:
         self.here.tag_keys[:] = torch.from_numpy(tags)
         self.memory.copy_(self.host, non_blocking=True)
 
-    def take(self, count: int, patient: bool) -> None:
+    def take(self, count: int) -> None:
+        """Copy masks."""
         from pagewire_kernels import awaited_masks
 
-        awaited_masks.take(self.rows, count, patient, self.state, self.taken)
+        awaited_masks.take(self.rows, count, self.state, self.taken)
+
+    def sample(self, logits: Any, count: int, copied: bool) -> None:
+        """Logits [PLACES, V]; copied: masks are first."""
+        from pagewire_kernels.awaited_sampling import sample_awaited
+        from pagewire_kernels.masked_sampling import sample_masked
+
+        offsets = self.shared.told_offsets
+        if not copied:
+            sample_awaited(logits, self.rows, count, self.state, self.sampled_tokens, offsets)
+            return
+        self.take(count)
+        held = self.taken.sampled(self.rows, count)
+        held.sampling.filtered = False
+        late = self.taken.late_rows(self.rows, count, self.state, offsets)
+        sample_masked(logits, held, self.state.last_token, self.sampled_tokens, late)
 
     def faults(self, keys: np.ndarray) -> tuple[int, int]:
-        """(rows that have the mask, rows that have something else and are not late)."""
+        """Of copied masks: (rows that have the mask, rows that have something else and are not
+        late)."""
         late = self.taken.late.cpu().numpy() != 0
         words = self.taken.words[:, : self.words].cpu().numpy()
         wrong = (words != keys[:, None]).any(1) & ~late
         return int((~late).sum()), int(wrong.sum())
 
+    def wrong_tokens(self, keys: np.ndarray, logits: np.ndarray) -> tuple[int, int]:
+        """Of greedy rows that have sampled all the same logits [V]: (rows with a token, rows whose
+        token is not the best one that a mask of words that are all their key allows)."""
+        from pagewire_kernels.masked_sampling import LATE
+
+        at = [bit + 32 * int(logits[bit::32].argmax()) for bit in range(32)]
+        """By bit of a word: the best token."""
+        bits = (keys[:, None] >> np.arange(32)) & 1
+        wanted = np.array(at)[np.where(bits, logits[at], -np.inf).argmax(1)]
+        tokens = self.sampled_tokens.cpu().numpy()
+        on_time = tokens != LATE
+        return int(on_time.sum()), int(((tokens != wanted) & on_time).sum())
+
 
 def flips(words: int) -> str:
     """While another process writes all the time."""
+    import torch
+
     writer = Writer(words, "flip")
     step = Step(writer.shared, words)
     writer.go()
     random = np.random.default_rng(0)
-    taken = wrong = rounds = 0
+    taken, wrong, rounds = np.zeros(2, int), np.zeros(2, int), 0
     end = time.monotonic() + FLIPS_S
     while time.monotonic() < end:
-        now = writer.shared.tags >> np.uint64(32)  # likely still to be there, or just going
-        keys = np.where(random.random(PLACES) < 0.9, now, now % np.uint64(1000) + np.uint64(1))
-        step.reset()
-        step.want(keys)
-        step.take(PLACES, patient=False)
-        found, bad = step.faults(keys.astype(np.int64))
-        taken, wrong, rounds = taken + found, wrong + bad, rounds + 1
+        logits = torch.randn(32 * words, device="cuda")
+        for way in range(2):
+            now = writer.shared.tags >> np.uint64(32)  # likely still to be there, or just going
+            keys = np.where(random.random(PLACES) < 0.9, now, now % np.uint64(1000) + np.uint64(1))
+            step.reset()
+            step.want(keys)
+            if way:
+                step.sample(logits.expand(PLACES, -1), PLACES, copied=False)
+                found, bad = step.wrong_tokens(keys.astype(np.int64), logits.cpu().numpy())
+            else:
+                step.take(PLACES)
+                found, bad = step.faults(keys.astype(np.int64))
+            taken[way] += found
+            wrong[way] += bad
+        rounds += 1
     writer.close()
     step.close()
     print(
-        f"{words} words: {taken} masks of {rounds * PLACES} taken while they changed, {wrong} wrong"
+        f"{words} words: of {rounds * PLACES} masks that changed, {taken[0]} copied and {taken[1]} "
+        f"sampled under; {wrong[0]} and {wrong[1]} wrong"
     )
-    return "" if taken and not wrong else "masks that change"
+    return "" if taken.all() and not wrong.any() else "masks that change"
 
 
-def waits(words: int, patient: bool) -> str:
+def waits(words: int, patient: bool, copied: bool) -> str:
     """Masks that come one after the other once the device waits."""
     import torch
     from pagewire_kernels import awaited_masks
-    from pagewire_kernels.masked_sampling import LATE, sample_masked
+    from pagewire_kernels.masked_sampling import LATE
 
     writer = Writer(words, "4")
     step = Step(writer.shared, words)
@@ -188,16 +229,14 @@ def waits(words: int, patient: bool) -> str:
             if not patient:
                 time.sleep(0.002)
         step.state.last_token.fill_(9)
-        step.take(PLACES, patient)
-        held = step.taken.sampled(step.rows, PLACES, False)
-        late_rows = step.taken.late_rows(step.rows, PLACES, step.state, step.shared.told_offsets)
-        logits = torch.zeros(PLACES, 32 * words, device="cuda")
-        sample_masked(logits, held, step.state.last_token, step.sampled_tokens, late_rows)
+        if patient:
+            awaited_masks.wait(step.rows, PLACES, step.state, step.taken)
+        step.sample(torch.zeros(PLACES, 32 * words, device="cuda"), PLACES, copied)
         torch.cuda.synchronize()
-    late = step.taken.late.cpu().numpy() != 0
     own = np.arange(1, PLACES + 1)
-    _, wrong = step.faults(own)
     tokens = step.sampled_tokens.cpu().numpy()
+    late = tokens == LATE
+    wrong = step.faults(own)[1] if copied else 0
     last = step.state.last_token[:PLACES].cpu().numpy()
     computed = step.state.num_computed[:PLACES].cpu().numpy() - PROMPT_LEN - np.arange(PLACES)
     lowest = own & -own  # of each mask, all of whose words are its place's number
@@ -215,34 +254,67 @@ def waits(words: int, patient: bool) -> str:
     writer.close()
     step.close()
     print(
-        f"{words} words, {patient=}: {int(late.sum())} of {PLACES} late, {wrong} wrong, {settled=}, {told=}"
+        f"{words} words, {patient=}, {copied=}: {int(late.sum())} of {PLACES} late, {wrong} wrong, {settled=}, {told=}"
     )
     return "" if settled and told and not wrong else "waiting rows"
 
 
-def times(words: int) -> None:
-    """What it takes where all masks are there: to take them, and with the sampling behind it."""
+def agrees(words: int) -> str:
+    """Tokens, where all masks are there, are those of sampling masked logits."""
     import torch
-    from pagewire_kernels.masked_sampling import sample_masked
+    from pagewire_kernels.sampling import sample
+    from pagewire_kernels.sampling_map import SamplingRows
+    from pagewire_kernels.token_masks import apply_token_masks
+
+    shared = SharedMasks(PLACES, words, 1, 0)
+    step = Step(shared, words)
+    shared.tags[:] = tag_of(np.ones(PLACES), np.arange(PLACES))
+    make = np.random.default_rng(words)
+    shared.masks[:] = make.integers(1, 2**32, shared.masks.shape, np.uint32)
+    shared.masks[::3] = 0  # of each third row a few tokens
+    shared.masks[::3, ::700] = 1 << 5
+    step.here.seeds.random_(0, 2**62)
+    step.here.values[0].uniform_(0.2, 2.0)[::5] = 0.0
+    step.want(np.ones(PLACES, np.uint64))
+    wrong = 0
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for width in (32 * words, 32 * words - 27):
+            logits = (3 * torch.randn(PLACES, width, device="cuda")).to(dtype)
+            masked = logits.float()
+            masks = torch.from_numpy(shared.masks.view(np.int32).copy()).cuda()
+            apply_token_masks(masked, torch.arange(PLACES, device="cuda"), masks)
+            positions = step.state.num_computed[:PLACES].long() - 1
+            params = SamplingRows(step.rows.values, step.rows.seeds, positions, False)
+            wanted = sample(masked, params).tokens.int()
+            step.sample(logits, PLACES, copied=False)
+            wrong += int((step.sampled_tokens != wanted).sum())
+    step.close()
+    print(f"{words} words: {wrong} of {6 * PLACES} tokens are others")
+    return "" if not wrong else "tokens"
+
+
+def times(words: int) -> None:
+    """What it takes where all masks are there: to copy them, and to sample under them, copied and
+    not."""
+    import torch
 
     shared = SharedMasks(PLACES, words, 1, 0)
     step = Step(shared, words)
     shared.tags[:] = tag_of(np.ones(PLACES), np.arange(PLACES))
     shared.masks[:] = 0xFFFFFFFF
+    step.here.values[0].fill_(1.0)
     step.want(np.ones(PLACES, np.uint64))
     logits = torch.randn(PLACES, 32 * words, device="cuda").bfloat16()
-
-    def both(count: int) -> None:
-        step.take(count, False)
-        held = step.taken.sampled(step.rows, count, False)
-        late = step.taken.late_rows(step.rows, count, step.state, shared.told_offsets)
-        sample_masked(logits, held, step.state.last_token, step.sampled_tokens, late)
-
     for count in (1, 51, 256):
-        alone = microseconds(functools.partial(step.take, count, False))
-        sampled = microseconds(functools.partial(both, count))
+        runs = (
+            functools.partial(step.take, count),
+            functools.partial(step.sample, logits, count, True),
+            functools.partial(step.sample, logits, count, False),
+        )
+        copy, copied, at_once = map(microseconds, runs)
         print(
-            f"{words} words, {count} rows: {alone:.0f} us to take masks, {sampled:.0f} with tokens"
+            f"{words} words, {count} rows: {copy:.0f} us to copy masks, {copied:.0f} with tokens; "
+            f"{at_once:.0f} in one launch"
         )
     step.close()
 
@@ -272,7 +344,10 @@ def main() -> int:
     faults: list[str] = []
     for vocabulary in VOCABULARIES:
         words = -(-vocabulary // 32)
-        faults += filter(None, [flips(words), waits(words, True), waits(words, False)])
+        waiting = [
+            waits(words, patient, copied) for patient in (True, False) for copied in (True, False)
+        ]
+        faults += filter(None, [flips(words), *waiting, agrees(words)])
         times(words)
     print(f"gpu_awaited: {'FAILED: ' + ', '.join(faults) if faults else 'OK'}")
     return 1 if faults else 0

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from pagewire_kernels import awaited_masks
 from pagewire_kernels.awaited_masks import NOWHERE, AwaitedRows, TakenMasks
+from pagewire_kernels.awaited_sampling import sample_awaited
 from pagewire_kernels.masked_sampling import LateRows, MaskedSamplingRows
 from pagewire_kernels.slot_state import SlotState
 from torch import Tensor
@@ -73,8 +74,8 @@ class AwaitedSampling:
         self._there = AwaitedRows.views(self._memory, most)
         self._vocab_size = vocab_size
         self._taken = TakenMasks.empty(most, mask_words(vocab_size), state)
-        self._views: dict[tuple[int, bool], tuple[MaskedSamplingRows, LateRows]] = {}
-        """Of the device's memory: by how many rows, and whether some are filtered."""
+        self._views: dict[int, tuple[MaskedSamplingRows, LateRows]] = {}
+        """Of the device's memory: by how many rows, some of which are filtered."""
 
     def begin(self) -> None:
         """Before a step with such rows is computed, if they will be patient or it has prompts."""
@@ -116,13 +117,18 @@ class AwaitedSampling:
         self, logits: Tensor, count: int, filtered: bool, patient: bool, sampled_tokens: Tensor
     ) -> None:
         awaited, state, taken = self._there, self._state, self._taken
-        awaited_masks.take(awaited, count, patient, state, taken)
-        if (count, filtered) not in self._views:
-            self._views[count, filtered] = (
-                taken.sampled(awaited, count, filtered),
+        if patient:
+            awaited_masks.wait(awaited, count, state, taken)
+        if not filtered:
+            sample_awaited(logits, awaited, count, state, sampled_tokens, self._told_offsets)
+            return
+        awaited_masks.take(awaited, count, state, taken)
+        if count not in self._views:
+            self._views[count] = (
+                taken.sampled(awaited, count),
                 taken.late_rows(awaited, count, state, self._told_offsets),
             )
-        held, late = self._views[count, filtered]
+        held, late = self._views[count]
         self._sample(logits, held, state.last_token, sampled_tokens, late)
 
     def warm_up(self, logits: Tensor) -> None:
