@@ -129,13 +129,16 @@ class Device:
         awaited: Any,
         count: int,
         state: Any,
+        taken: Any,
         sampled_tokens: Any,
         told_offsets: Any,
     ) -> None:
         """See pagewire_kernels.awaited_sampling. It waits for all."""
         began = time.thread_time()
         shared, slots = self.shared, awaited.slots[:count].numpy()
-        places = (awaited.tag_at[:count].numpy() - shared.tag_addresses(0)) // 8
+        places = (awaited.tag_at[:count].numpy() - shared.tag_addresses(0)) // shared.tags.strides[
+            0
+        ]
         self._sampled[slots] += 1
         keys = awaited.tag_keys[:count].numpy().view(np.uint64)
         tags = keys | self._sampled[slots].astype(np.uint64)
@@ -197,7 +200,7 @@ def gpu_runner(
     kernels = Kernels(nothing, nothing, nothing, nothing, device.sample_masked)
     awaited = None
     if ranks == 1:
-        awaited_masks.wait = awaited_masks.begin = nothing
+        awaited_masks.look = awaited_masks.begin = nothing
         awaited_sampling.sample_awaited = device.sample_awaited
         awaited = awaited_sampling.AwaitedSampling(
             slots, state, uploads, masks, vocab_size, device.sample_masked

@@ -6,9 +6,9 @@ written after the mask. A row whose mask is not there in time is late: it gets n
 is put back to where it was before the step. The tokens of the others go to that memory as well, each
 before a tag of its own: the same word as that of its mask.
 
-Behind what computes the step comes `awaited_sampling.sample_awaited`; or, where some row has top-k,
-top-p or min-p, `take`, which copies masks, and `masked_sampling.sample_masked`. `wait` comes before
-either where rows are waited for, and `begin` before the step, where they are or prompts are computed.
+Behind what computes the step comes `look`, and then `awaited_sampling.sample_awaited`; or, where some
+row has top-k, top-p or min-p, `take`, which copies masks, and `masked_sampling.sample_masked`.
+`begin` comes before the step, where rows are waited for or prompts are computed.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
@@ -178,42 +178,41 @@ def _nap():
 
 
 @triton.jit
-def _wait(slots, prompt_lens, tag_keys, tag_at, num_computed, clock):
+def _look(slots, prompt_lens, tag_keys, tag_at, num_computed, positions, late, clock,
+          PATIENT: tl.constexpr, ON_DEVICE: tl.constexpr):  # fmt: skip
     """One warp a row: threads that saw different tags could not go on together."""
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0)
-    computed = tl.load(num_computed + tl.load(slots + row).to(tl.int64))
-    tag = wanted_tag(computed, tl.load(prompt_lens + row), tl.load(tag_keys + row))
     address = tl.load(tag_at + row)
-    if address != 0:
-        began = now()
-        computing = tl.minimum(began - tl.load(clock), LONGEST_NS)
-        there = _acquired(address, True) == tag
-        waits = there == 0
-        while waits:
-            _nap()
-            there = _acquired(address, True) == tag
-            # As long as it would take to compute the rows that are missing once more.
-            missing = rows - tl.load(clock + 1, volatile=True)
-            waits = (there == 0) & ((now() - began) * rows < computing * missing)
-        if there:
-            tl.atomic_add(clock + 1, tl.full([], 1, tl.int64))
-
-
-@triton.jit
-def _take(slots, prompt_lens, tag_keys, tag_at, mask_at, num_computed, words, positions, late, num_words,
-          stride, BLOCK: tl.constexpr, ON_DEVICE: tl.constexpr):  # fmt: skip
-    """One warp a row, as above."""
-    row = tl.program_id(0).to(tl.int64)
     computed = tl.load(num_computed + tl.load(slots + row).to(tl.int64))
     tl.store(positions + row, (computed - 1).to(tl.int64))
     tag = wanted_tag(computed, tl.load(prompt_lens + row), tl.load(tag_keys + row))
-    address = tl.load(tag_at + row)
     there = tl.full([], 0, tl.int1)
     if address != 0:
         there = _acquired(address, ON_DEVICE) == tag
+        if PATIENT and ON_DEVICE:
+            began = now()
+            computing = tl.minimum(began - tl.load(clock), LONGEST_NS)
+            waits = there == 0
+            while waits:
+                _nap()
+                there = _acquired(address, ON_DEVICE) == tag
+                # As long as it would take to compute the rows that are missing once more.
+                missing = rows - tl.load(clock + 1, volatile=True)
+                waits = (there == 0) & ((now() - began) * rows < computing * missing)
+            if there:
+                tl.atomic_add(clock + 1, tl.full([], 1, tl.int64))
+    tl.store(late + row, 1 - there.to(tl.int32))
+
+
+@triton.jit
+def _take(slots, prompt_lens, tag_keys, tag_at, mask_at, num_computed, words, late, num_words,
+          stride, BLOCK: tl.constexpr, ON_DEVICE: tl.constexpr):  # fmt: skip
+    """One warp a row, as above."""
+    row = tl.program_id(0).to(tl.int64)
     own = tl.multiple_of(words + row * stride, 16)
     end = tl.cdiv(num_words, 4) * 4
+    there = tl.load(late + row) == 0
     if there:
         mask = tl.multiple_of(tl.load(mask_at + row).to(tl.pointer_type(tl.int32)), 16)
         for start in range(0, end, BLOCK):
@@ -223,12 +222,14 @@ def _take(slots, prompt_lens, tag_keys, tag_at, mask_at, num_computed, words, po
         if ON_DEVICE:
             ordered()
         # The stream may have gone elsewhere meanwhile, and another one have its place.
-        there = _acquired(address, ON_DEVICE) == tag
+        computed = tl.load(num_computed + tl.load(slots + row).to(tl.int64))
+        tag = wanted_tag(computed, tl.load(prompt_lens + row), tl.load(tag_keys + row))
+        there = _acquired(tl.load(tag_at + row), ON_DEVICE) == tag
+        tl.store(late + row, 1 - there.to(tl.int32))
     if there == 0:
         for start in range(0, end, BLOCK):
             i = start + tl.arange(0, BLOCK)
             tl.store(own + i, tl.full([BLOCK], -1, tl.int32), mask=i < end)
-    tl.store(late + row, 1 - there.to(tl.int32))
 
 
 def begin(state: SlotState, taken: TakenMasks) -> None:
@@ -240,18 +241,18 @@ def begin(state: SlotState, taken: TakenMasks) -> None:
     )  # fmt: skip
 
 
-def wait(awaited: AwaitedRows, count: int, state: SlotState, taken: TakenMasks) -> None:
-    """Behind what computes the step: until the masks of the first `count` of `awaited` are there, or
-    as long as it would take to compute those that are not once more. Who takes them looks again."""
-    if state.last_token.is_cuda:  # nothing is written while the CPU does its work
-        _wait[(count,)](
-            awaited.slots, awaited.prompt_lens, awaited.tag_keys, awaited.tag_at, state.num_computed, taken.clock, num_warps=1
-        )  # fmt: skip
+def look(
+    awaited: AwaitedRows, count: int, patient: bool, state: SlotState, taken: TakenMasks
+) -> None:
+    """Which of the first `count` of `awaited` have a mask, and which are late: their logits are
+    there, and their slots count what the step has computed. patient: masks are waited for, as long as
+    it would take to compute so many rows again."""
+    _look[(count,)](awaited.slots, awaited.prompt_lens, awaited.tag_keys, awaited.tag_at, state.num_computed,
+        taken.positions, taken.late, taken.clock, PATIENT=patient, ON_DEVICE=state.last_token.is_cuda, num_warps=1)  # fmt: skip
 
 
 def take(awaited: AwaitedRows, count: int, state: SlotState, taken: TakenMasks) -> None:
-    """The masks of the first `count` of `awaited`, whose logits are there and whose slots count what
-    the step has computed. Those that are not there are late."""
+    """Behind `look`: copy the masks of the first `count` of `awaited` that are not late."""
     _take[(count,)](awaited.slots, awaited.prompt_lens, awaited.tag_keys, awaited.tag_at, awaited.mask_at,
-        state.num_computed, taken.words, taken.positions, taken.late, taken.num_words, taken.words.stride(0),
+        state.num_computed, taken.words, taken.late, taken.num_words, taken.words.stride(0),
         BLOCK=BLOCK, ON_DEVICE=state.last_token.is_cuda, num_warps=1)  # fmt: skip

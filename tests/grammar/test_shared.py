@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from pagewire.grammar import shared
 from pagewire.grammar.shared import (
+    LINE,
     MASK_ALIGNMENT,
     NO_POSITION,
     Places,
@@ -116,6 +117,10 @@ def test_what_lies_at_the_addresses_is_what_was_written(words: int) -> None:
     memory.masks[:] = np.arange(6 * words).reshape(6, words)
     memory.tags[:] = tag_of(places + 1, places)
     tags, masks = memory.tag_addresses(places), memory.mask_addresses(places)
+    told = [tags + offset for offset in memory.told_offsets]
+    lines = np.concatenate((tags // LINE, told[1] // LINE))
+    assert len(set(lines.tolist())) == 12, "the bus brings each line once at a time"
+    assert (told[0] // LINE == told[1] // LINE).all()
     assert tags.dtype == masks.dtype == np.int64
     assert not (masks % MASK_ALIGNMENT).any() and not (tags % 8).any()
     size = np.diff(masks)[0]

@@ -56,7 +56,7 @@ class Step:
         sampled_tokens = torch.full((MOST,), 9, dtype=torch.int32)
         awaited_masks.begin(self.state, self.taken)
         self.state.last_token.fill_(9)
-        awaited_masks.wait(self.rows, count, self.state, self.taken)
+        awaited_masks.look(self.rows, count, True, self.state, self.taken)
         logits = torch.zeros(MOST, 32 * self.shared.masks.shape[1])
         offsets = self.shared.told_offsets
         if copied:
@@ -65,7 +65,9 @@ class Step:
             late_rows = self.taken.late_rows(self.rows, count, self.state, offsets)
             sample_masked(logits, held, self.state.last_token, sampled_tokens, late_rows)
         else:
-            sample_awaited(logits, self.rows, count, self.state, sampled_tokens, offsets)
+            sample_awaited(
+                logits, self.rows, count, self.state, self.taken, sampled_tokens, offsets
+            )
         late = sampled_tokens[self.rows.rows[:count].long()] == LATE
         if copied:
             assert torch.equal(self.taken.late[:count], late.int())
@@ -175,7 +177,9 @@ def test_tokens_are_those_of_sampling_masked_logits(width: int, dtype: torch.dty
     sampled_tokens = torch.full((MOST,), -7, dtype=torch.int32)
     for _ in range(2):  # it leaves its counters as they were
         step.shared.told_tags[:] = 0
-        sample_awaited(logits, rows, count, step.state, sampled_tokens, step.shared.told_offsets)
+        awaited_masks.look(rows, count, False, step.state, step.taken)
+        offsets = step.shared.told_offsets
+        sample_awaited(logits, rows, count, step.state, step.taken, sampled_tokens, offsets)
         got = sampled_tokens[rows.rows.long()]
         assert got[0] == -1 and torch.equal(got[1:], wanted.tokens[1:].int())
         assert torch.equal(step.state.last_token[rows.slots.long()], wanted.tokens.int())

@@ -4,9 +4,8 @@ GPU's runner on the CPU, driven by a small scheduler; each token must be the one
 gets when it runs alone."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from random import Random
 from typing import Any
 
@@ -449,15 +448,8 @@ class Chaos:
         monkeypatch.setattr(self.room.masks, "openings", lambda slots: self._openings[slots])
         monkeypatch.setattr(kernels, "THREADS", 4)
         monkeypatch.setattr(kernels, "SPAN", 4 * 32)
-        take, sample = awaited_masks.take, awaited_sampling.sample_awaited
-        monkeypatch.setattr(
-            awaited_sampling.awaited_masks, "take", lambda *given: self._later(take, *given)
-        )
-        monkeypatch.setattr(
-            awaited_sampling,
-            "sample_awaited",
-            lambda logits, *given: self._later(partial(sample, logits), *given),
-        )
+        self._look = awaited_masks.look
+        monkeypatch.setattr(awaited_sampling.awaited_masks, "look", self._look_later)
         self.loaded = loader.load(path, ModelConfig(), CONFIG, lambda stage, fraction: None)
         parts = gpu_on_cpu.parts(self.loaded, SLOTS, self.room.masks, awaits=True)
         self.runner = GpuRunner(parts, StepCost(1.0, 0.0, 0.0), 7, [])
@@ -480,7 +472,7 @@ class Chaos:
                 pool._hand(stream)
                 self.moved += 1
 
-    def _later(self, take: Callable[..., None], *given: Any) -> None:
+    def _look_later(self, *given: Any) -> None:
         """A device looks at masks some time after the step was launched: by then, the host may have
         seen the steps before, and told matchers of them, and places may have changed hands; so they
         may once more before it samples."""
@@ -492,7 +484,7 @@ class Chaos:
         for column, present in zip(known, self.room.masks.tags(slots), strict=True):
             assert (column[:count].numpy() == present).all(), "the device knows what was once"
         self._work()
-        take(*given)
+        self._look(*given)
         if self.random.random() < 0.3:
             self._work()
 

@@ -24,7 +24,9 @@ from numpy.typing import ArrayLike, NDArray
 from pagewire.process.fence import fence
 
 LINE: Final = 64
-"""Bytes of a cache line, of which no two columns share one."""
+"""Bytes of a cache line, of which no two columns share one. Of what a device reads or writes, each
+place has a line of its own: the bus brings the same one to it once at a time, and 2 us each time."""
+WORDS_PER_LINE: Final = LINE // 8
 MASK_ALIGNMENT: Final = 16
 """Of bytes, at a multiple of which each mask starts: a device reads so many at once."""
 NO_POSITION: Final = -1
@@ -73,9 +75,8 @@ class SharedMasks:
         count = processes * places
         padded = -(-4 * words // MASK_ALIGNMENT) * MASK_ALIGNMENT // 4
         layout: dict[str, tuple[Any, tuple[int, ...]]] = {
-            "told_tags": (np.uint64, (count,)),
-            "told_tokens": (np.int64, (count,)),
-            "tags": (np.uint64, (count,)),
+            "told": (np.uint64, (count, WORDS_PER_LINE)),
+            "tags": (np.uint64, (count, WORDS_PER_LINE)),
             "forced_counts": (np.int32, (count,)),
             "forced": (np.int32, (count, max_forced)),
             "masks": (np.uint32, (count, padded)),
@@ -101,11 +102,12 @@ class SharedMasks:
         """Where this process has the memory, of which all columns are parts."""
         self.nbytes = size
         """Of all of it."""
-        self.told_tags = column("told_tags")
+        told = column("told")
+        self.told_tags = told[:, 0]
         """[all places]: whose the last token told is, and its position in the output."""
-        self.told_tokens = column("told_tokens")
+        self.told_tokens = told.view(np.int64)[:, 1]
         """[all places]: that token."""
-        self.tags = column("tags")
+        self.tags = column("tags")[:, 0]
         """[all places]: see `tag_of`; where the low half is 0, there is no mask. 0: there is no
         stream either."""
         self.forced_counts = column("forced_counts")

@@ -117,16 +117,16 @@ class AwaitedSampling:
         self, logits: Tensor, count: int, filtered: bool, patient: bool, sampled_tokens: Tensor
     ) -> None:
         awaited, state, taken = self._there, self._state, self._taken
-        if patient:
-            awaited_masks.wait(awaited, count, state, taken)
+        offsets = self._told_offsets
+        awaited_masks.look(awaited, count, patient, state, taken)
         if not filtered:
-            sample_awaited(logits, awaited, count, state, sampled_tokens, self._told_offsets)
+            sample_awaited(logits, awaited, count, state, taken, sampled_tokens, offsets)
             return
         awaited_masks.take(awaited, count, state, taken)
         if count not in self._views:
             self._views[count] = (
                 taken.sampled(awaited, count),
-                taken.late_rows(awaited, count, state, self._told_offsets),
+                taken.late_rows(awaited, count, state, offsets),
             )
         held, late = self._views[count]
         self._sample(logits, held, state.last_token, sampled_tokens, late)
