@@ -76,8 +76,6 @@ def _sample_awaited(logits, rows, slots, prompt_lens, tag_keys, tag_at, mask_at,
     if temperature >= 1e-5:
         score += noise
     winner = tl.max(score, 0)
-    if ON_DEVICE:
-        ordered()
     out = held * slices + part
     tl.store(numbers + out * 2, winner)
     tl.store(numbers + out * 2 + 1, bad.to(tl.float32))
@@ -90,6 +88,10 @@ def _sample_awaited(logits, rows, slots, prompt_lens, tag_keys, tag_at, mask_at,
         address = tl.load(tag_at + held)
         tag = wanted_tag(computed, tl.load(prompt_lens + held), tl.load(tag_keys + held))
         if is_late == 0:
+            # All parts of the mask have come before their programs said so. A fence in each of them
+            # would take half of the launch's time.
+            if ON_DEVICE:
+                ordered()
             is_late = _is_there(address, tag, THREADS) == 0
         token, result = settle(slot, token, result, is_late, computed, tag, address, kept_token, num_computed,
                                token_offset, told_offset, LATE, ON_DEVICE)  # fmt: skip
