@@ -280,7 +280,7 @@ def test_the_ratio_moves_slowly():
     [(False, 20.0, 2, 0.0), (True, 0.0, 2, 0.0), (True, 20.0, 1, 0.5)],
     ids=["decodes alone", "estimated to take no time", "sent to an idle worker"],
 )
-def test_other_steps_teach_nothing(mixed, ms, ahead, gap):
+def test_other_steps_teach_nothing_about_prefill(mixed, ms, ahead, gap):
     made = StepEstimator(LARGE, SchedulerConfig(max_step_ms=20))
     n, now = 0, 0.0
     for _ in range(40):
@@ -290,6 +290,27 @@ def test_other_steps_teach_nothing(mixed, ms, ahead, gap):
         else:
             n, now = run_steps(made, 1, ms, 30.0, mixed, n, now + 1.0, ahead)
     assert made.ratio == 1.0 and made.step_ms == pytest.approx(30.0)
+
+
+@pytest.mark.parametrize(
+    ("took", "ratio"), [(20.0, 1.0), (30.0, 1.5), (90.0, 2.0), (14.0, 0.7), (2.0, 0.5)]
+)
+def test_steps_of_decodes_are_sent_by_what_such_steps_have_taken(took, ratio):
+    made = StepEstimator(LARGE, SchedulerConfig())
+    n, now = run_steps(made, 100, 20.0, took, mixed=False)
+    assert made.decode_ratio == pytest.approx(ratio, rel=0.01) and made.ratio == 1.0
+    made.sent(n + 1, 20.0, now + 1, False)
+    assert made.due() == pytest.approx(now + 1 + (0.8 * 20 * made.decode_ratio - 4) / 1000)
+    made.sent(n + 2, 20.0, now + 1, True)
+    assert made.due() == pytest.approx(now + 1 + (0.8 * 20 * (made.decode_ratio + 1) - 4) / 1000)
+    assert made.limit_ms(1) == SchedulerConfig().max_step_ms
+
+
+def test_one_step_that_was_held_up_teaches_little():
+    made = StepEstimator(LARGE, SchedulerConfig())
+    n, now = run_steps(made, 100, 3.0, 3.0, mixed=False)
+    run_steps(made, 1, 3.0, 60_000.0, mixed=False, start=n, now=now)
+    assert 1.0 < made.decode_ratio < 1.6
 
 
 # --- whole steps
@@ -542,6 +563,17 @@ def test_steps_in_flight_by_their_time(cost, ahead):
     line.ahead.clear()
     line.run(50)
     assert set(line.ahead) == {ahead}
+
+
+@pytest.mark.parametrize("slower", [0.6, 1.0, 1.6])
+def test_steps_are_sent_ahead_by_the_time_that_they_really_take(slower):
+    """Whatever the costs say: as many milliseconds as the way to the worker needs, and not many
+    more, for which newcomers would wait."""
+    line = decoding(StepCost(3.0 / slower, 0, 0), 2, slower=slower)
+    line.run(60)
+    line.ahead.clear()
+    line.run(50)
+    assert set(line.ahead) == {3}
 
 
 def test_who_comes_early_in_a_long_step_is_in_the_next():

@@ -40,9 +40,10 @@ OUTLIER: Final = 4.0
 believed."""
 MOST_CORRECTION: Final = 2.0
 SLOWNESS: Final = 32
-"""Full steps after which a correction has covered two thirds of its way."""
+"""Full steps after which the correction of steps with prefill has covered two thirds of its way."""
 RECENT: Final = 16
-"""Steps over which `step_ms` is averaged, about."""
+"""Steps over which `step_ms` is averaged, about; and after which the correction of other steps has
+covered two thirds of its way."""
 
 
 def decodes_ms(cost: StepCost, rows: int, reads: int) -> float:
@@ -123,6 +124,9 @@ class StepEstimator:
         self._last = -inf
         self.ratio = 1.0
         """Measured time of steps with prefill over their estimate, lately."""
+        self.decode_ratio = 1.0
+        """The same of the others. It serves to send them in time: rows that share what they read,
+        or small models, take much less than the costs say."""
         self.step_ms = 0.0
         """Measured time of a step, lately."""
 
@@ -160,7 +164,7 @@ class StepEstimator:
             return -inf
         # What later stages compute keeps nobody waiting for the first one.
         before = islice(sent, later, None)
-        least_ms = SURE * sum([step.ms * (self.ratio if step.mixed else 1.0) for step in before])
+        least_ms = SURE * sum([step.ms * self._ratio_of(step.mixed) for step in before])
         return max(sent[0].at, self._last) + (least_ms - AHEAD_MS) / 1000
 
     def sent(self, n: int, ms: float, now: float, mixed: bool) -> None:
@@ -185,14 +189,21 @@ class StepEstimator:
             mixed = mixed or step.mixed
         took = 1000 * (now - began)
         self.step_ms += (took / steps - self.step_ms) / (RECENT if self.step_ms else 1)
-        if mixed and ms and waited_for_others:
-            self._learn(took, ms)
+        if ms and waited_for_others:
+            self._learn(took, ms, mixed)
         self._last = now
 
-    def _learn(self, took: float, ms: float) -> None:
+    def _ratio_of(self, mixed: bool) -> float:
+        return self.ratio if mixed else self.decode_ratio
+
+    def _learn(self, took: float, ms: float, mixed: bool) -> None:
         """From steps that waited for others only, since the way to an idle worker is no part of a
-        step. Decodes alone do not teach: the ratio serves to cut prefill, and rows that share what
-        they read take less than the costs say."""
-        weight = min(1.0, ms / self._limit_ms) / SLOWNESS
-        ratio = self.ratio + (min(took / ms, OUTLIER) - self.ratio) * weight
-        self.ratio = min(MOST_CORRECTION, max(1 / MOST_CORRECTION, ratio))
+        step. With prefill, large ones teach more: what is learned serves to cut prefill."""
+        weight = min(1.0, ms / self._limit_ms) / SLOWNESS if mixed else 1 / RECENT
+        before = self._ratio_of(mixed)
+        ratio = before + (min(took / ms, OUTLIER) - before) * weight
+        ratio = min(MOST_CORRECTION, max(1 / MOST_CORRECTION, ratio))
+        if mixed:
+            self.ratio = ratio
+        else:
+            self.decode_ratio = ratio
