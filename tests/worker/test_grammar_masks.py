@@ -215,6 +215,26 @@ def test_few_streams_wake_few_matchers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(matcher.streams) for matcher in matchers] == [1, 2, 1]
 
 
+def test_few_streams_stay_where_they_are_when_one_more_matcher_is_ready(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(matcher_pool, "CROWDED", 2)
+    monkeypatch.setattr(matcher_pool, "max_matchers", lambda: 3)
+    bench = Bench(0)
+    requests = {slot: Request("abcdef"[slot], [slot]) for slot in range(SLOTS)}
+    bench.step(admit=requests)
+    for _ in range(3):
+        bench.step()
+    bench.step(retire=list(requests))
+    bench.step(admit={slot: Request("abcdef"[slot], [slot]) for slot in range(3)})
+    pool = bench.room.masks._pool
+    openings = pool._opening_of.copy()
+    pool._num_ready = 2  # as if one had ended and is back
+    pool.receive()
+    assert [len(matcher.streams) for matcher in pool.matchers] == [2, 1, 0]
+    assert (pool._opening_of == openings).all()
+
+
 class Busy(StandIn):
     """Says and hears nothing while it `is_held`, as one that computes; but what it works for is
     written."""

@@ -258,7 +258,8 @@ class MatcherPool:
     def _spread(self, ready: list[Matcher]) -> None:
         """Those that have more streams than others hand some on: a process makes a stream's state
         again from its output. What may end a process stays where it is."""
-        share = -(-sum(len(matcher.streams) for matcher in ready) // len(ready))
+        streams = sum(len(matcher.streams) for matcher in ready)
+        share = -(-streams // max(1, min(len(ready), self._num_wanted(streams))))
         for matcher in ready:
             surplus = max(0, len(matcher.streams) - share)
             for stream in matcher.harmless()[:surplus]:
