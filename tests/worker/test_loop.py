@@ -346,7 +346,9 @@ def test_a_step_that_comes_after_newer_ones_is_void():
     outbox = SimpleNamespace(send=lambda address, message: True)
     inbox = AlwaysMore([Step(epoch, n) for epoch, n in numbers])
     node = SimpleNamespace(inbox=inbox, outbox=outbox, membership=membership)
-    runner = SimpleNamespace(notify=lambda *calls: None, clear=lambda: None, launch=launch)
+    runner = SimpleNamespace(
+        notify=lambda *calls: None, clear=lambda: None, catch_up=lambda: None, launch=launch
+    )
     with pytest.raises(Stopped):
         _Server(runner, node).serve()
     assert launched == [(1, 1), (1, 2), (1, 5), (1, 6), (2, 1), (2, 2)]
@@ -388,7 +390,10 @@ def test_the_heart_beats_between_messages():
     )
     done = SimpleNamespace(done=lambda: True, result=lambda: None)
     runner = SimpleNamespace(
-        notify=lambda *calls: None, clear=lambda: None, launch=lambda step: done
+        notify=lambda *calls: None,
+        clear=lambda: None,
+        catch_up=lambda: None,
+        launch=lambda step: done,
     )
     with pytest.raises(Stopped):
         _Server(runner, node).serve()
@@ -413,11 +418,48 @@ def test_results_leave_while_the_next_step_is_launched():
         return SimpleNamespace(done=lambda: step.n <= ended, result=lambda: step.n)
 
     runner = SimpleNamespace(
-        notify=lambda wake, call: meanwhile.append(call), clear=lambda: None, launch=launch
+        notify=lambda wake, call: meanwhile.append(call),
+        clear=lambda: None,
+        catch_up=lambda: None,
+        launch=launch,
     )
     with pytest.raises(Stopped):
         _Server(runner, node).serve()
     assert sent == [1, 2, 3]
+
+
+def test_results_leave_before_the_next_step_is_launched_and_what_can_wait_comes_behind():
+    happened = []
+    membership = SimpleNamespace(busy=False, progress=0, scheduler="", tick=lambda now: None)
+    full = [True]
+    outbox = SimpleNamespace(
+        send=lambda address, result: not full.pop() if full else happened.append(result) or True
+    )
+    inbox = AlwaysMore([Step(1, n) for n in range(1, 4)])
+    node = SimpleNamespace(inbox=inbox, outbox=outbox, membership=membership)
+
+    def launch(step):
+        happened.append(f"launch {step.n}")
+        looks = iter([False])  # done at the second look, which comes with the next step
+        return SimpleNamespace(done=lambda: next(looks, True), result=lambda: f"result {step.n}")
+
+    runner = SimpleNamespace(
+        notify=lambda *calls: None,
+        clear=lambda: None,
+        launch=launch,
+        catch_up=lambda: happened.append("catch up"),
+    )
+    with pytest.raises(Stopped):
+        _Server(runner, node).serve()
+    assert happened == [
+        "launch 1",
+        "launch 2",  # the scheduler's queue was full
+        "result 1",
+        "catch up",
+        "result 2",
+        "catch up",
+        "launch 3",
+    ]
 
 
 class Quiet:
@@ -463,7 +505,11 @@ def test_what_was_put_off_is_done_when_nothing_has_come_for_a_while():
     # The step ends with the second wake.
     step_handle = SimpleNamespace(done=lambda: len(inbox.waits) >= 6, result=lambda: None)
     runner = SimpleNamespace(
-        notify=lambda *calls: None, clear=lambda: None, launch=lambda step: step_handle, idle=idle
+        notify=lambda *calls: None,
+        clear=lambda: None,
+        catch_up=lambda: None,
+        launch=lambda step: step_handle,
+        idle=idle,
     )
     with pytest.raises(Stopped):
         _Server(runner, node).serve()

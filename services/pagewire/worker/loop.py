@@ -382,6 +382,7 @@ class _Server:
             self._forget_requests()
         if self._leader is not None:
             self._leader.step(frame)
+        self._send_results()  # those that are there need not wait for the launch
         self._launch(step)
         self._send_results()
 
@@ -413,14 +414,18 @@ class _Server:
         """Send the results that are there, oldest first. One that the scheduler's queue has no room
         for stays: a lost one would cost this worker the scheduler's trust."""
         node = self._node
+        sent = False
         while self._steps and self._steps[0].done():
             if not node.outbox.send(self._membership.scheduler, self._steps[0].result()):
                 log.warning("the scheduler's queue is full; results wait")
-                return
+                break
             self._steps.popleft()
             if self._watch is not None:
                 self._watch.ended(time.monotonic())
             self._membership.progress += 1
+            sent = True
+        if sent:
+            self._runner.catch_up()
 
     def _send_results_meanwhile(self) -> None:
         """While a step is launched: the heart may beat in another thread."""

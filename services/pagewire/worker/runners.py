@@ -44,6 +44,10 @@ class AsyncRunner(Protocol):
         contradicts the slots."""
         ...
 
+    def catch_up(self) -> None:
+        """Results have been sent: what need not come before that, but soon."""
+        ...
+
     def clear(self) -> None:
         """Forget every request: there is a new scheduler."""
         ...
@@ -88,6 +92,9 @@ class CompletedStep:
 
 class OnCpu:
     """Base of AsyncRunners whose steps share a CPU with others, and may take minutes."""
+
+    def catch_up(self) -> None:
+        """Nothing waits for results to be sent."""
 
     def idle(self) -> bool:
         """Nothing is ever put off."""

@@ -80,8 +80,6 @@ class GpuStep:
     """[S]: which rows' grammars cannot be held any further; None: none."""
     communicator: CheckedCommunicator | None = None
     """To the other ranks, where its operations may fail unseen."""
-    learn: Callable[[], None] | None = None
-    """Called before the result is given away, where the device has decided which rows are late."""
 
     def done(self) -> bool:
         """Raises RuntimeError when the GPU has failed, and CommunicatorFailed when another rank
@@ -93,8 +91,6 @@ class GpuStep:
 
     def result(self) -> StepResult:
         """See runners.StepHandle."""
-        if self.learn is not None:
-            self.learn()
         tokens = self.sampled_tokens.numpy()[: len(self.slots)]
         flags = (tokens < 0).view(np.uint8)
         if self.failed is not None:
@@ -433,6 +429,10 @@ class GpuRunner:
         self._masks.clear()
         self._unlearned.clear()
 
+    def catch_up(self) -> None:
+        """See AsyncRunner."""
+        self._learn()
+
     def idle(self) -> bool:
         """See AsyncRunner."""
         try:
@@ -478,8 +478,6 @@ class GpuRunner:
         if len(rows):
             held = slots[rows]
             awaits = self._extra.awaits(held)
-            if awaits.any():
-                handle.learn = self._learn
             keys, openings = self._masks.keys(held), self._masks.openings(held)
             self._unlearned.append(GrammarRows(handle, rows, keys, openings, awaits))
 
