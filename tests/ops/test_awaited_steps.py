@@ -584,3 +584,43 @@ def test_what_a_slot_s_earlier_request_was_late_for_is_not_counted_for_the_next_
     while free not in scheduler.done:
         scheduler.step(99, set())
         scheduler.read(1)
+
+
+@pytest.mark.parametrize("before", [0, 1, 3])
+@pytest.mark.parametrize("mixed", [1, 2])
+def test_a_late_row_in_steps_with_prompts_begins_where_the_device_has_counted_up_to(
+    path, monkeypatch, requests, before, mixed
+) -> None:
+    """Before anybody on the host hears of it; then nothing but decodes, which count on."""
+    monkeypatch.setattr(gpu_runner.torch.cuda, "Event", gpu_on_cpu.SlowEvent)
+    monkeypatch.setattr(gpu_on_cpu.SlowEvent, "LOOKS", 10**6)
+    loaded = loader.load(path, ModelConfig(), CONFIG, lambda stage, fraction: None)
+    room = Room(SLOTS, VOCAB)
+    parts = gpu_on_cpu.parts(loaded, SLOTS, room.masks, awaits=True)
+    scheduler = Scheduler(GpuRunner(parts, StepCost(1.0, 0.0, 0.0), 7, []), [])
+    held = max((r for r in requests if r.source in tuple("abcdefgh")), key=lambda r: r.length)
+    free = [r for r in requests if r.source is None and r.length]
+    scheduler.waiting.append((held, []))
+
+    def step(wait: bool = True) -> None:
+        scheduler.step(99, set())
+        if wait:
+            for sent in scheduler.in_flight:
+                sent.handle.event.synchronize()
+            scheduler.read(0)
+            room.masks.look()
+
+    for _ in range(before + 1):
+        step()
+    tags = room.masks.shared.tags
+    there = tags.copy()
+    tags[:] = 0
+    step(wait=False)
+    for request in free[:mixed]:
+        scheduler.waiting.append((request, []))
+        step(wait=False)
+    tags[:] = there
+    late = 1 + mixed
+    for _ in range(held.length + late):
+        step()
+    assert held in scheduler.done and scheduler.late == late

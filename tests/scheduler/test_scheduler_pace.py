@@ -299,10 +299,11 @@ def test_steps_of_decodes_are_sent_by_what_such_steps_have_taken(took, ratio):
     made = StepEstimator(LARGE, SchedulerConfig())
     n, now = run_steps(made, 100, 20.0, took, mixed=False)
     assert made.decode_ratio == pytest.approx(ratio, rel=0.01) and made.ratio == 1.0
+    counts = min(1.0, ratio)  # more may be the worker's waiting for what was sent too late
     made.sent(n + 1, 20.0, now + 1, False)
-    assert made.due() == pytest.approx(now + 1 + (0.8 * 20 * made.decode_ratio - 4) / 1000)
+    assert made.due() == pytest.approx(now + 1 + (0.8 * 20 * counts - 4) / 1000, abs=1e-4)
     made.sent(n + 2, 20.0, now + 1, True)
-    assert made.due() == pytest.approx(now + 1 + (0.8 * 20 * (made.decode_ratio + 1) - 4) / 1000)
+    assert made.due() == pytest.approx(now + 1 + (0.8 * 20 * (counts + 1) - 4) / 1000, abs=1e-4)
     assert made.limit_ms(1) == SchedulerConfig().max_step_ms
 
 
@@ -565,15 +566,15 @@ def test_steps_in_flight_by_their_time(cost, ahead):
     assert set(line.ahead) == {ahead}
 
 
-@pytest.mark.parametrize("slower", [0.6, 1.0, 1.6])
-def test_steps_are_sent_ahead_by_the_time_that_they_really_take(slower):
-    """Whatever the costs say: as many milliseconds as the way to the worker needs, and not many
-    more, for which newcomers would wait."""
+@pytest.mark.parametrize(("slower", "ahead"), [(0.5, 3), (0.7, 3), (1.0, 3), (1.6, 4)])
+def test_steps_are_sent_ahead_by_the_time_that_they_really_take(slower, ahead):
+    """As many milliseconds as the way to the worker needs, whatever the costs say: where they say
+    too little, rather more."""
     line = decoding(StepCost(3.0 / slower, 0, 0), 2, slower=slower)
     line.run(60)
     line.ahead.clear()
     line.run(50)
-    assert set(line.ahead) == {3}
+    assert set(line.ahead) == {ahead}
 
 
 def test_who_comes_early_in_a_long_step_is_in_the_next():

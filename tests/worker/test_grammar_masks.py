@@ -235,6 +235,29 @@ def test_few_streams_stay_where_they_are_when_one_more_matcher_is_ready(
     assert (pool._opening_of == openings).all()
 
 
+def test_streams_are_not_handed_to_a_matcher_that_is_held_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(matcher_pool, "CROWDED", 2)
+    monkeypatch.setattr(matcher_pool, "max_matchers", lambda: 3)
+    room = Room(SLOTS, VOCAB)
+    for slot in range(SLOTS):
+        room.masks.admit(slot, grammar("a"), np.zeros(0, np.int32))
+    every, none = np.arange(SLOTS), np.zeros(SLOTS, np.int64)
+    while not room.masks.ready(every, none).all():
+        pass
+    for slot in range(SLOTS):
+        room.masks.retire(slot)
+    matchers = room.masks._pool.matchers
+    matchers[0].process.receive = list  # works at one mask for long
+    room.masks.admit(0, grammar("a"), np.zeros(0, np.int32))
+    room.clock.now += 1.0
+    for slot in (1, 2, 3):
+        room.masks.admit(slot, grammar("a"), np.zeros(0, np.int32))
+    assert [len(matcher.streams) for matcher in matchers] == [1, 2, 1]
+    assert room.masks.ready(every[1:4], none[1:4]).all()
+
+
 class Busy(StandIn):
     """Says and hears nothing while it `is_held`, as one that computes; but what it works for is
     written."""

@@ -125,8 +125,9 @@ class StepEstimator:
         self.ratio = 1.0
         """Measured time of steps with prefill over their estimate, lately."""
         self.decode_ratio = 1.0
-        """The same of the others. It serves to send them in time: rows that share what they read,
-        or small models, take much less than the costs say."""
+        """The same of the others. It serves to send steps in time: rows that share what they read,
+        or small models, take much less than the costs say. That they take more counts for nothing:
+        part of it may be that the worker had to wait for them."""
         self.step_ms = 0.0
         """Measured time of a step, lately."""
 
@@ -194,13 +195,14 @@ class StepEstimator:
         self._last = now
 
     def _ratio_of(self, mixed: bool) -> float:
-        return self.ratio if mixed else self.decode_ratio
+        """What an estimate is to be multiplied by."""
+        return self.ratio if mixed else min(1.0, self.decode_ratio)
 
     def _learn(self, took: float, ms: float, mixed: bool) -> None:
         """From steps that waited for others only, since the way to an idle worker is no part of a
         step. With prefill, large ones teach more: what is learned serves to cut prefill."""
         weight = min(1.0, ms / self._limit_ms) / SLOWNESS if mixed else 1 / RECENT
-        before = self._ratio_of(mixed)
+        before = self.ratio if mixed else self.decode_ratio
         ratio = before + (min(took / ms, OUTLIER) - before) * weight
         ratio = min(MOST_CORRECTION, max(1 / MOST_CORRECTION, ratio))
         if mixed:

@@ -29,6 +29,8 @@ mask."""
 MAX_MATCHERS: Final = 32
 """And no more than processors."""
 
+HELD_UP_S: Final = 0.1
+"""When a mask has been due for so long, its process is held up: other streams go elsewhere."""
 LOOK_EVERY_S: Final = 0.5
 """How often it is looked whether a process hangs."""
 NO_MATCHER: Final = -1
@@ -272,16 +274,22 @@ class MatcherPool:
         return min(self._max_matchers, -(-streams // CROWDED))
 
     def _hand(self, stream: Stream) -> None:
-        """To the least busy matcher that has a place for it: of those that are ready, as far as that
-        many are wanted, or else of the others, which may still load, or else to one more. All that
-        there can be have places enough for all slots."""
+        """To the least busy matcher that has a place for it: of those that are ready and not held
+        up, as far as that many are wanted, or else of all that are ready, or of the others, which
+        may still load, or else to one more. All that there can be have places enough for all
+        slots."""
         open_ones = [matcher for matcher in self.matchers if not matcher.is_full]
         if not open_ones:
             self._add_matcher()
             open_ones = self.matchers[-1:]
         streams = 1 + sum(len(matcher.streams) for matcher in self.matchers)
-        ready = [matcher for matcher in open_ones if matcher.is_ready][: self._num_wanted(streams)]
-        least = min(ready or open_ones, key=lambda matcher: len(matcher.streams))
+        ready = [matcher for matcher in open_ones if matcher.is_ready]
+        held_up = set(self._at[self._owed < self._clock() - HELD_UP_S].tolist())
+        prompt = [m for m in ready if self.matchers.index(m) not in held_up] or ready
+        least = min(
+            prompt[: self._num_wanted(streams)] or open_ones,
+            key=lambda matcher: len(matcher.streams),
+        )
         self._at[stream.slot] = at = self.matchers.index(least)
         least.add(stream)
         self.place_of[stream.slot] = at * self._shared.places + stream.place
