@@ -205,6 +205,7 @@ def _place_last_tokens(
     picked_tokens, picked_slots, picked_positions, picks, num_computed, table, columns,
     BLOCK_SIZE: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
+    # Three lists side by side, entry i of each: ids, which nobody changes, say what is to be moved.
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     last = tl.load(ids + i, mask=i < tokens, other=0) == LAST
     slot = tl.load(token_slots + i, mask=last, other=0)

@@ -181,57 +181,53 @@ def test_a_mask_is_never_applied_to_another_row_or_position(
     assert free > 100 and constrained > 20
 
 
-def test_streams_are_spread_over_matchers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As soon as another one is ready; those that were there as well."""
+def crowded_bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """Three matchers are ready, one for each two streams, and all slots have one."""
     monkeypatch.setattr(matcher_pool, "CROWDED", 2)
     monkeypatch.setattr(matcher_pool, "max_matchers", lambda: 3)
     bench = Bench(0)
-    requests = {slot: Request("abcdef"[slot], [slot]) for slot in range(SLOTS)}
-    bench.step(admit=requests)
+    bench.step(admit={slot: Request("abcdef"[slot], [slot]) for slot in range(SLOTS)})
     for _ in range(3):
         bench.step()
-    counts = [len(matcher.streams) for matcher in bench.room.masks._pool.matchers]
-    assert len(bench.room.processes) == 3 and counts == [2, 2, 2]
-    bench.step(retire=list(requests))
-    assert not any(matcher.streams for matcher in bench.room.masks._pool.matchers)
+    return bench
+
+
+def counts_of(bench: Bench) -> list[int]:
+    """Streams of each matcher."""
+    return [len(matcher.streams) for matcher in bench.room.masks._pool.matchers]
+
+
+def test_streams_are_spread_over_matchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As soon as another one is ready; those that were there as well."""
+    bench = crowded_bench(monkeypatch)
+    assert len(bench.room.processes) == 3 and counts_of(bench) == [2, 2, 2]
+    bench.step(retire=list(range(SLOTS)))
+    assert counts_of(bench) == [0, 0, 0]
 
 
 def test_few_streams_wake_few_matchers(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many there have been before."""
-    monkeypatch.setattr(matcher_pool, "CROWDED", 2)
-    monkeypatch.setattr(matcher_pool, "max_matchers", lambda: 3)
-    bench = Bench(0)
-    requests = {slot: Request("abcdef"[slot], [slot]) for slot in range(SLOTS)}
-    bench.step(admit=requests)
-    for _ in range(3):
-        bench.step()
-    bench.step(retire=list(requests))
-    matchers = bench.room.masks._pool.matchers
+    bench = crowded_bench(monkeypatch)
+    bench.step(retire=list(range(SLOTS)))
     for slot, counts in enumerate(([1, 0, 0], [2, 0, 0], [2, 1, 0], [2, 2, 0], [2, 2, 1])):
         bench.step(admit={slot: Request("abcdef"[slot], [slot])})
-        assert [len(matcher.streams) for matcher in matchers] == counts
+        assert counts_of(bench) == counts
     bench.step(retire=[0, 1])
     bench.step(admit={0: Request("a", [0])})
-    assert [len(matcher.streams) for matcher in matchers] == [1, 2, 1]
+    assert counts_of(bench) == [1, 2, 1]
 
 
 def test_few_streams_stay_where_they_are_when_one_more_matcher_is_ready(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(matcher_pool, "CROWDED", 2)
-    monkeypatch.setattr(matcher_pool, "max_matchers", lambda: 3)
-    bench = Bench(0)
-    requests = {slot: Request("abcdef"[slot], [slot]) for slot in range(SLOTS)}
-    bench.step(admit=requests)
-    for _ in range(3):
-        bench.step()
-    bench.step(retire=list(requests))
+    bench = crowded_bench(monkeypatch)
+    bench.step(retire=list(range(SLOTS)))
     bench.step(admit={slot: Request("abcdef"[slot], [slot]) for slot in range(3)})
     pool = bench.room.masks._pool
     openings = pool._opening_of.copy()
     pool._num_ready = 2  # as if one had ended and is back
     pool.receive()
-    assert [len(matcher.streams) for matcher in pool.matchers] == [2, 1, 0]
+    assert counts_of(bench) == [2, 1, 0]
     assert (pool._opening_of == openings).all()
 
 

@@ -25,7 +25,7 @@ from pagewire.process.fence import fence
 
 LINE: Final = 64
 """Bytes of a cache line, of which no two columns share one. Of what a device reads or writes, each
-place has a line of its own: the bus brings the same one to it once at a time, and 2 us each time."""
+place has a line of its own: the bus brings the same one to it once at a time, some 2.5 us each."""
 WORDS_PER_LINE: Final = LINE // 8
 MASK_ALIGNMENT: Final = 16
 """Of bytes, at a multiple of which each mask starts: a device reads so many at once."""
