@@ -182,6 +182,8 @@ class StepResult(Message, tag=True, frozen=True):
     without a token has not moved: the next step that runs its slot computes the slot's last token
     again. `flags` is 1 where the logits were not finite, 2 where the request's grammar cannot be
     held any further: the row's tokens are then meaningless.
+
+    `starved`: the worker's device had nothing left to compute when it got this step.
     """
 
     epoch: EpochField
@@ -193,6 +195,7 @@ class StepResult(Message, tag=True, frozen=True):
     logprobs: LogprobColumns | None = None
     prompt_logprobs: Annotated[tuple[PromptLogprobs, ...], Meta(max_length=MAX_ROWS)] = ()
     counts: RowsI32 = b""
+    starved: bool = False
 
 
 ToScheduler = Hello | Heartbeat | Goodbye | Death | Submit | Cancel | Park | StepResult

@@ -200,6 +200,23 @@ def test_rows_are_brought_up_again_after_clear(on_gpu) -> None:
     assert again == first
 
 
+@pytest.mark.parametrize(("event", "starved"), [("Event", True), ("SlowEvent", False)])
+def test_a_step_says_whether_the_device_had_nothing_left_to_compute(
+    on_gpu, monkeypatch, event, starved
+) -> None:
+    monkeypatch.setattr(gpu_runner.torch.cuda, "Event", getattr(gpu_on_cpu, event))
+    monkeypatch.setattr(gpu_on_cpu.SlowEvent, "LOOKS", 1000)
+    runner = on_gpu()
+    admit = (Admission(0, 0, pack("i", [5, 9]), b"", pack("i", [0]), 0, REQUESTS[0]),)
+    first = Step(1, 0, admit=admit, run_slots=pack("i", [0]), run_counts=pack("i", [2]))
+    handles = [runner.launch(first)]
+    handles += [
+        runner.launch(Step(1, n, run_slots=first.run_slots, run_counts=pack("i", [1])))
+        for n in (1, 2)
+    ]
+    assert [handle.result().starved for handle in handles] == [False, starved, starved]
+
+
 def test_there_are_more_buffers_than_steps_in_flight() -> None:
     assert MAX_STEPS_IN_FLIGHT < RING
     gpu_runner.check_ring(MAX_STEPS_IN_FLIGHT)

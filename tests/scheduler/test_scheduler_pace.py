@@ -1,6 +1,7 @@
 """Steps filled to a time: the arithmetic of estimates, what a long prompt does to running decodes,
 how many steps are sent ahead."""
 
+from collections import deque
 from math import ceil, inf
 
 import numpy as np
@@ -314,6 +315,74 @@ def test_one_step_that_was_held_up_teaches_little():
     assert 1.0 < made.decode_ratio < 1.6
 
 
+# --- steps that come too late
+#   -----------------------------------------------------------------------------------
+
+
+def play(made, steps, took, there, back, start=0):
+    """Decode steps of `took` ms, with ms from the scheduler to the worker and back; the first one is
+    step `start` + 1. Returns the time of a step in ms, in the second half of them."""
+    n, now, end = start, 10.0 + start, -inf
+    results, ends = deque(), []
+    while len(ends) < steps:
+        while n < start + steps and made.due() <= now:
+            made.sent(n := n + 1, took, now, False)
+            arrives = now + there / 1000
+            starved = arrives >= end > -inf
+            end = max(arrives, end) + took / 1000
+            results.append((end + back / 1000, n, starved))
+        due = made.due() if n < start + steps else inf
+        if due < results[0][0]:
+            now = due
+            continue
+        now, first, starved = results.popleft()
+        made.reached(first, starved)
+        made.returned(first, now)
+        ends.append(now)
+    half = ends[len(ends) // 2 :]
+    return 1000 * (half[-1] - half[0]) / (len(half) - 1)
+
+
+@pytest.mark.parametrize(("there", "back"), [(4.0, 3.0), (1.0, 6.0), (6.0, 0.3)])
+def test_steps_are_sent_earlier_where_the_way_is_slow(there, back, monkeypatch):
+    made = StepEstimator(LARGE, SchedulerConfig())
+    assert play(made, 2000, 2.85, there, back) < 2.90
+    assert 4.0 < made.ahead_ms <= 8.0
+    monkeypatch.setattr(step_estimator, "MOST_AHEAD_MS", 4.0)
+    assert play(StepEstimator(LARGE, SchedulerConfig()), 2000, 2.85, there, back) > 2.95
+
+
+@pytest.mark.parametrize("took", [0.7, 2.85, 9.0, 25.0])
+def test_they_are_not_where_they_come_in_time(took):
+    made = StepEstimator(LARGE, SchedulerConfig())
+    assert play(made, 500, took, 0.3, 0.3) == pytest.approx(took, rel=0.01)
+    assert made.ahead_ms == 4.0
+
+
+def test_how_much_earlier_is_bounded_and_forgotten():
+    made = StepEstimator(LARGE, SchedulerConfig())
+    play(made, 300, 2.85, 20.0, 20.0)
+    assert made.ahead_ms == 8.0
+    play(made, 1000, 2.85, 0.1, 0.1, start=300)
+    assert made.ahead_ms == 4.0
+
+
+def test_a_step_that_was_sent_to_an_idle_worker_is_not_late():
+    made = StepEstimator(LARGE, SchedulerConfig())
+    assert not made.reached(1, True)  # nobody knows it
+    made.sent(1, 3.0, 10.0, False)
+    assert not made.reached(1, True)
+    made.returned(1, 10.003)
+    made.sent(2, 3.0, 10.003, False)
+    assert not made.reached(2, True)
+    made.sent(3, 3.0, 10.004, False)
+    assert made.ahead_ms == 4.0
+    assert made.reached(3, True) and made.ahead_ms == 4.5
+    made.returned(2, 10.006)
+    assert made.reached(3, True) and made.ahead_ms == 5.0
+    assert not made.reached(3, False) and made.ahead_ms < 5.0
+
+
 # --- whole steps
 #   ------------------------------------------------------------------------------------------------------
 
@@ -324,6 +393,7 @@ class Line:
 
     def __init__(self, cost, slower=1.0, blocks=20_000, **config):
         self.cost, self.slower, self.now = cost, slower, 1.0
+        self.starved = False
         self.steps = []
         self.scheduler = Scheduler(1, SchedulerConfig(**config), self.receive, lambda inbox: None)
         self.rows, self.times, self.ahead = [], [], []
@@ -406,7 +476,7 @@ class Line:
             np.full(len(sampled), 5, np.int32).tobytes(),
             bytes(len(sampled)),
         )
-        self.handle(StepResult(1, 7, step.n, *columns))
+        self.handle(StepResult(1, 7, step.n, *columns, starved=self.starved))
         for inbox, incarnation in (("ipc:///w", 7), ("ipc:///t", 8)):
             self.handle(Heartbeat(inbox, incarnation, step.n, True))
         self.handle(Tick(self.now))
@@ -432,6 +502,15 @@ def decoding(cost, count, prompt=64, **config):
 def prefill_of(rows):
     """(step, slot, context, tokens) of the chunks."""
     return [(i, *row) for i, step in enumerate(rows) for row in step if row[2] > 1]
+
+
+def test_what_a_worker_says_of_its_starving_is_counted_and_sends_steps_earlier():
+    line = decoding(StepCost(3.2, 0.0, 0.0, 0.0), 8)
+    line.run(20)
+    assert line.scheduler.stats()["starved_steps"] == 0 and set(line.ahead[-10:]) == {3}
+    line.starved = True
+    line.run(20)
+    assert line.scheduler.stats()["starved_steps"] == 20 and set(line.ahead[-10:]) == {4}
 
 
 def test_decodes_get_a_token_in_every_step_while_a_long_prompt_comes_in():

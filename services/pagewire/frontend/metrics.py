@@ -61,6 +61,7 @@ _SCHEDULER_COUNTERS: Final = {
     "prompt_tokens": "Prompt tokens of requests that got a slot, cached ones included.",
     "generation_tokens": "Tokens that workers have sampled.",
     "steps": "Steps sent to workers.",
+    "starved_steps": "Steps sent ahead that came when a GPU had nothing left to compute: the host was too slow for it.",
     "service_deaths": "Services that ended without being asked to, or hung, since the scheduler started.",
 }
 _KEY_USAGE: Final = {

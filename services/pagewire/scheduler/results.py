@@ -76,6 +76,7 @@ def absorb(
 
     _pass_prompt_logprobs(worker, step, result, out)
     worker.in_flight.steps.popleft()
+    worker.counters.starved_steps += worker.estimator.reached(step.n, result.starved)
     if flags is not None:
         _fail(worker, step, flags, failed)
     if worker.slots.num_vacated != step.num_vacated:

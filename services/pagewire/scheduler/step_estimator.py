@@ -29,9 +29,15 @@ LEAST_AHEAD: Final = 2
 finished one."""
 AHEAD_MS: Final = 4.0
 """Otherwise the next step is sent when those in flight are about to be over in so many
-milliseconds, which is ample for hearing of the last one, for making this one, its way to the worker
-and its launch, also of 256 rows with grammars (with 2.5 a GPU waited in between); not earlier, since
-who arrives meanwhile would wait for it as well."""
+milliseconds, which on a quiet host is ample for hearing of the last one, for making this one, its
+way to the worker and its launch, also of 256 rows with grammars (with 2.5 a GPU waited in between);
+not earlier, since who arrives meanwhile would wait for it as well."""
+MOST_AHEAD_MS: Final = 8.0
+"""Where steps have reached a worker too late, as on a host whose processors are busy."""
+LATE_MS: Final = 0.5
+"""So much earlier steps are sent for each that came too late; the next hundred of those that came
+in time take half a millisecond back, so that one step in a hundred or so may be late."""
+IN_TIME_MS: Final = 0.005
 SURE: Final = 0.8
 """Of an estimate, what a step takes at least: a worker that has finished early is idle until the
 scheduler has heard of it."""
@@ -130,6 +136,8 @@ class StepEstimator:
         part of it may be that the worker had to wait for them."""
         self.step_ms = 0.0
         """Measured time of a step, lately."""
+        self.ahead_ms = AHEAD_MS
+        """How long before the steps in flight are over the next one is sent."""
 
     def limit_ms(self, decodes: int, waiting: Waiting = NO_WAITING) -> float:
         """Most that a step with this many decodes may be estimated to take."""
@@ -166,11 +174,22 @@ class StepEstimator:
         # What later stages compute keeps nobody waiting for the first one.
         before = islice(sent, later, None)
         least_ms = SURE * sum([step.ms * self._ratio_of(step.mixed) for step in before])
-        return max(sent[0].at, self._last) + (least_ms - AHEAD_MS) / 1000
+        return max(sent[0].at, self._last) + (least_ms - self.ahead_ms) / 1000
 
     def sent(self, n: int, ms: float, now: float, mixed: bool) -> None:
         """Step `n`, estimated to take `ms` milliseconds, is sent now; `mixed`: with prefill."""
         self._sent.append(SentStep(n, ms, now, mixed))
+
+    def reached(self, n: int, starved: bool) -> bool:
+        """The result of step `n` is there, `returned` will hear of it; starved: the worker had
+        nothing left to compute when it got this step. Returns whether it was sent too late: to a
+        worker that was still busy then."""
+        step = next((step for step in self._sent if step.n == n), None)
+        if step is None or (step is self._sent[0] and step.at >= self._last):
+            return False
+        earlier_ms = LATE_MS if starved else -IN_TIME_MS
+        self.ahead_ms = min(MOST_AHEAD_MS, max(AHEAD_MS, self.ahead_ms + earlier_ms))
+        return starved
 
     def returned(self, n: int, now: float) -> None:
         """The results of all steps up to `n` are there. A step began when it was sent or the one

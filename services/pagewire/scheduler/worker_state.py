@@ -44,6 +44,7 @@ class Counters:
     prompt_tokens: int = 0
     generation_tokens: int = 0
     steps: int = 0
+    starved_steps: int = 0
     iteration_tokens: Histogram = field(default_factory=lambda: Histogram(ITERATION_TOKENS_BOUNDS))
     """Tokens of each step."""
     request_preemptions: Histogram = field(

@@ -80,6 +80,8 @@ class GpuStep:
     """[S]: which rows' grammars cannot be held any further; None: none."""
     communicator: CheckedCommunicator | None = None
     """To the other ranks, where its operations may fail unseen."""
+    starved: bool = False
+    """See StepResult."""
 
     def done(self) -> bool:
         """Raises RuntimeError when the GPU has failed, and CommunicatorFailed when another rank
@@ -112,6 +114,7 @@ class GpuStep:
             self.logprobs.columns(tokens, ready) if self.logprobs else None,
             self.logprobs.prompt_logprobs() if self.logprobs else (),
             counts,
+            self.starved,
         )
 
     def have_tokens(self) -> Bools | None:
@@ -402,6 +405,9 @@ class GpuRunner:
         self._incarnation = incarnation
         self._observers = observers
         self._ring = parts.ring
+        self._is_whole = parts.stage is None
+        self._last_end: torch.cuda.Event | None = None
+        """Of the step that was launched before."""
         self._waiter: Waiter | None = None
         self._meanwhile: Callable[[], None] = lambda: None
         self._applier = StepApplier(self._slots)
@@ -455,6 +461,7 @@ class GpuRunner:
             # Before `take`: a request begins on the device where it begins on the host.
             self._mirror(step)
             rows = self._applier.take(slots, counts)
+            starved = self._is_starved()
             run = self._run(rows, step.shared)
             sampled_slots = slots[rows.sampling]
             # The host counts the tokens it will only see later.
@@ -462,12 +469,18 @@ class GpuRunner:
             for observer in self._observers:
                 observer.end(int(counts.sum()))
             handle = self._handle(step, sampled_slots.astype(np.int32), run)
+            handle.starved = starved
             if len(self._late):
                 self._hold_back(self._late)
                 self._late = self._late[:0]
             if self._masks.any:
                 self._note_grammars(handle, sampled_slots)
             return handle
+
+    def _is_starved(self) -> bool:
+        """The device has computed all that it was given. It says nothing about a stage, which may wait
+        for the stage before it."""
+        return self._is_whole and self._last_end is not None and self._last_end.query()
 
     def _note_grammars(self, handle: GpuStep, slots: Ints) -> None:
         """The grammars of `slots` [S], which `handle` samples, have to hear of its tokens."""
@@ -559,6 +572,7 @@ class GpuRunner:
             host[: len(slots)].copy_(run.sampled_tokens[: len(slots)], non_blocking=True)
         event = torch.cuda.Event(blocking=True)
         event.record()
+        self._last_end = event
         if self._waiter is not None:
             self._waiter.watch(event)
         failed = self._masks.failed(slots) if self._masks.any else None
