@@ -40,6 +40,34 @@ def chat_of(server) -> list[tuple[str, str, Any]]:
     ]
 
 
+def without_ids(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in item.items() if key != "id"} for item in items]
+
+
+def message_of(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The blocks that a stream of /v1/messages adds up to."""
+    blocks: list[dict[str, Any]] = []
+    for event in events:
+        match event["type"]:
+            case "content_block_start":
+                assert event["index"] == len(blocks)
+                blocks.append(event["content_block"])
+            case "content_block_delta":
+                assert event["index"] == len(blocks) - 1
+                for name, text in event["delta"].items():
+                    if name in ("text", "thinking"):
+                        blocks[-1][name] += text
+                    elif name == "partial_json":
+                        blocks[-1]["input"] = blocks[-1]["input"] or ""
+                        blocks[-1]["input"] += text
+            case _:
+                pass
+    for block in blocks:
+        if isinstance(block.get("input"), str):
+            block["input"] = json.loads(block["input"])
+    return blocks
+
+
 # --- chats ---
 
 
@@ -139,6 +167,19 @@ def test_a_plain_message_ends_by_its_length_or_a_stop_sequence(server) -> None:
     options = {"messages": [user], "max_tokens": 9, "stop_sequences": ["x"]}
     body = ok(server.post("/v1/messages", **options))
     assert (body["stop_reason"], body["stop_sequence"]) == ("stop_sequence", "x")
+
+
+@pytest.mark.parametrize("text", ["calls", "late", "silent", "hi"])
+def test_a_streamed_message_is_the_whole_one(server, text: str) -> None:
+    user = {"role": "user", "content": text}
+    options = {"messages": [user], "max_tokens": 3, "tools": [TOOL]}
+    whole = ok(server.post("/v1/messages", **options))
+    events = events_of(server, "/v1/messages", **options)
+    assert message_of(events) == whole["content"]
+    assert events[-2]["delta"]["stop_reason"] == whole["stop_reason"]
+    if text == "late":
+        kinds = [block["type"] for block in whole["content"]]
+        assert kinds == ["thinking", "text", "tool_use", "text"], "in the order of the answer"
 
 
 def test_a_conversation_of_claude_code(server) -> None:
@@ -276,9 +317,29 @@ def test_a_response_is_streamed(server) -> None:
         assert name in names
     done = [e["item"] for e in events if e["type"] == "response.output_item.done"]
     whole = ok(server.post("/v1/responses", input="calls", tools=[FUNCTION]))
-    said = [{key: value for key, value in item.items() if key != "id"} for item in whole["output"]]
-    assert [{k: v for k, v in item.items() if k != "id"} for item in done] == said
+    assert without_ids(done) == without_ids(whole["output"])
     assert events[-1]["response"]["output"] == done
+
+
+@pytest.mark.parametrize(
+    ("text", "statuses"),
+    [
+        ("hi", ["incomplete"]),
+        ("late", ["completed", "completed", "completed", "incomplete"]),
+        ("silent", ["completed"]),
+    ],
+)
+def test_a_streamed_response_is_the_whole_one(server, text: str, statuses: list[str]) -> None:
+    """Also where it is cut off, has text behind a call, or nothing at all."""
+    options = {"input": text, "max_output_tokens": 3, "tools": [FUNCTION]}
+    whole = ok(server.post("/v1/responses", **options))
+    events = events_of(server, "/v1/responses", **options)
+    done = [e["item"] for e in events if e["type"] == "response.output_item.done"]
+    last = events[-1]["response"]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert [item["status"] for item in done] == statuses
+    assert without_ids(done) == without_ids(whole["output"]) == without_ids(last["output"])
+    assert last["status"] == whole["status"] == statuses[-1]
 
 
 def test_a_conversation_of_codex(server) -> None:

@@ -56,6 +56,17 @@ def _input(arguments: str) -> Any:
         return {"arguments": arguments}
 
 
+def _block(part: Delta) -> Json:
+    """A part of an answer, whole."""
+    match part:
+        case ContentDelta(text):
+            return {"type": "text", "text": text}
+        case ReasoningDelta(text):
+            return {"type": "thinking", "thinking": text, "signature": ""}
+        case ToolCallDelta(call_id=call_id, name=name, arguments=text):
+            return {"type": "tool_use", "id": call_id, "name": name, "input": _input(text)}
+
+
 class MessagesFormatter(ChatFormatter):
     """Whole answers."""
 
@@ -72,14 +83,7 @@ class MessagesFormatter(ChatFormatter):
 
     def whole(self, choices: Sequence[ChoiceData], usage: Usage) -> Json:
         (choice,) = choices
-        blocks: list[Json] = []
-        if choice.reasoning:
-            blocks.append({"type": "thinking", "thinking": choice.reasoning, "signature": ""})
-        if choice.content:
-            blocks.append({"type": "text", "text": choice.content})
-        for call in choice.tool_calls:
-            body = {"id": call.call_id, "name": call.name, "input": _input(call.arguments)}
-            blocks.append({"type": "tool_use", **body})
+        blocks = [_block(part) for part in choice.blocks]
         return {
             **self.message,
             "content": blocks,
@@ -127,7 +131,7 @@ class MessagesWriter(EventWriter):
                 body = {"type": "input_json_delta", "partial_json": text}
         return {"type": "content_block_delta", "index": self.blocks, "delta": body}
 
-    def closed(self) -> list[Json]:
+    def closed(self, *, is_cut: bool) -> list[Json]:
         return [{"type": "content_block_stop", "index": self.blocks}]
 
     def last(self, reason: str, stop_reason: int | str | None, usage: Usage) -> list[Json]:
