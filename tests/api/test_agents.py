@@ -5,7 +5,10 @@ import json
 from typing import Any
 
 import pytest
+from anthropic.types import Message, RawMessageStreamEvent
 from api.conftest import MODEL
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
 FUNCTION = {"type": "function", "name": "f", "description": "F.", "parameters": SCHEMA}
@@ -291,7 +294,7 @@ def test_a_response_with_calls(server) -> None:
     assert message["content"][0]["text"] == "Sure."
     assert (call["call_id"], call["name"], call["arguments"]) == ("call_a", "f", '{"a": "1"}')
     assert body["usage"]["output_tokens_details"] == {"reasoning_tokens": 2}
-    assert body["usage"]["input_tokens_details"] == {"cached_tokens": 2}
+    assert body["usage"]["input_tokens_details"] == {"cached_tokens": 2, "cache_write_tokens": 0}
     assert chat_of(server) == [("system", "Be.", None), ("user", "calls", None)]
     short = ok(server.post("/v1/responses", input="hi", max_output_tokens=3))
     assert short["status"] == "incomplete"
@@ -412,6 +415,21 @@ def test_what_needs_a_memory_is_refused(server, more: dict, param: str) -> None:
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert (error["type"], error["param"]) == ("BadRequestError", param)
+
+
+@pytest.mark.parametrize("text", ["calls", "late", "silent", "hi", "failed"])
+def test_answers_fit_the_types_of_the_clients(server, text: str) -> None:
+    """All fields that OpenAI's and Anthropic's own clients know as required are there."""
+    options: dict[str, Any] = {"input": text, "tools": [FUNCTION], "max_output_tokens": 3}
+    events = events_of(server, "/v1/responses", **options)
+    TypeAdapter(list[ResponseStreamEvent]).validate_python(events)
+    user = {"role": "user", "content": text}
+    message: dict[str, Any] = {"messages": [user], "max_tokens": 3, "tools": [TOOL]}
+    events = events_of(server, "/v1/messages", **message)
+    if text != "failed":
+        TypeAdapter(list[RawMessageStreamEvent]).validate_python(events)
+        Response.model_validate(ok(server.post("/v1/responses", **options)))
+        Message.model_validate(ok(server.post("/v1/messages", **message)))
 
 
 def test_a_stream_that_fails_says_so(server) -> None:

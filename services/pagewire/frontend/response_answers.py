@@ -31,10 +31,10 @@ _DEFAULTS: Final[Json] = {
 
 
 def usage_body(usage: Usage) -> Json:
-    """OpenAI's names of this API."""
+    """OpenAI's names of this API; `cache_write_tokens` are those that are paid for, which none are."""
     return {
         "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": usage.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens or 0},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
