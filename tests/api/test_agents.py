@@ -417,6 +417,63 @@ def test_what_needs_a_memory_is_refused(server, more: dict, param: str) -> None:
     assert (error["type"], error["param"]) == ("BadRequestError", param)
 
 
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"type": "computer_call_output", "call_id": "c", "output": {"type": "computer_screenshot"}},
+        {"type": "shell_call_output", "call_id": "c", "output": [{"stdout": "x", "stderr": ""}]},
+        {"type": "tool_search_call", "arguments": {"query": "x"}, "execution": "client"},
+        {"type": "unheard_of", "content": 1, "summary": {}, "name": [], "role": 7},
+    ],
+    ids=lambda item: item["type"],
+)
+def test_unknown_items_may_hold_anything(server, item: dict) -> None:
+    user = {"role": "user", "content": "hi"}
+    tools = [FUNCTION, {"type": "strange", "name": 1, "parameters": "none", "tools": {}}]
+    ok(server.post("/v1/responses", input=[user, item, user], tools=tools))
+    assert chat_of(server) == [("user", "hi\n\nhi", None)]
+    ignored = server.frontend.service.state.ignored
+    assert {f"item {item['type']}", "tool strange"} <= ignored
+    answer = server.post("/v1/responses", input=[user, item, {"role": "user", "content": 1}])
+    assert answer.status_code == 400 and "input[2].content" in answer.json()["message"]
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {
+            "type": "web_search_tool_result",
+            "tool_use_id": "s",
+            "content": {"type": "web_search_tool_result_error", "error_code": "unavailable"},
+        },
+        {
+            "type": "code_execution_tool_result",
+            "content": {"type": "code_execution_result", "stdout": "", "content": []},
+        },
+        {"type": "unheard_of", "input": [1], "text": {}, "id": 4},
+    ],
+    ids=lambda block: block["type"],
+)
+def test_unknown_blocks_may_hold_anything(server, block: dict) -> None:
+    text = {"type": "text", "text": "hi"}
+    result = {"type": "tool_result", "tool_use_id": "t", "content": [block, text]}
+    messages = [
+        {"role": "assistant", "content": [block, text]},
+        {"role": "user", "content": [result, block, text]},
+    ]
+    tools = [TOOL, {"type": "mcp_toolset", "mcp_server_name": "x"}]
+    body = {"messages": messages, "tools": tools}
+    ok(server.post("/v1/messages", max_tokens=3, **body))
+    assert [message[:2] for message in chat_of(server)] == [
+        ("assistant", "hi"),
+        ("tool", "hi"),
+        ("user", "hi"),
+    ]
+    ignored = server.frontend.service.state.ignored
+    assert {f"content block {block['type']}", "tool mcp_toolset"} <= ignored
+    ok(server.post("/v1/messages/count_tokens", **body))
+
+
 @pytest.mark.parametrize("text", ["calls", "late", "silent", "hi", "failed"])
 def test_answers_fit_the_types_of_the_clients(server, text: str) -> None:
     """All fields that OpenAI's and Anthropic's own clients know as required are there."""

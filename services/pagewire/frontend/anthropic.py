@@ -30,6 +30,10 @@ log = logging.getLogger("pagewire.frontend")
 BILLING: Final = "x-anthropic-billing-header:"
 """Begins a block of Claude Code's system prompt that is for Anthropic's accounts; in some versions it
 differs in every request, and would leave nothing of the prompt in the prefix cache."""
+BLOCKS: Final = ("text", "thinking", "tool_use", "tool_result")
+"""Types of blocks that are read; others are ignored or refused, whatever they hold."""
+TOOLS: Final = ("custom",)
+"""The same of tools."""
 MIN_BUDGET: Final = 1024
 """Tokens of thinking that may be asked for, at least."""
 
@@ -58,7 +62,7 @@ class InMessage(Struct):
 class AnthropicTool(Struct):
     """A tool of the client (`type` is `custom` or missing), or one of Anthropic's servers."""
 
-    name: str
+    name: str = ""
     type: str | None = None
     description: str | None = None
     input_schema: dict[str, Raw] | None = None

@@ -39,6 +39,12 @@ ECHOED: Final = (
 """Fields of the request that its answer repeats."""
 
 
+ITEMS: Final = ("message", "reasoning", "function_call", "function_call_output", "item_reference")
+"""Types of items that are read; others are ignored, whatever they hold."""
+TOOLS: Final = ("function", "namespace")
+"""The same of tools."""
+
+
 class ItemPart(Struct):
     """A piece of an item's content."""
 
