@@ -185,6 +185,21 @@ def test_a_streamed_message_is_the_whole_one(server, text: str) -> None:
         assert kinds == ["thinking", "text", "tool_use", "text"], "in the order of the answer"
 
 
+def test_an_answer_that_was_begun_is_continued(server) -> None:
+    user = {"role": "user", "content": "hi"}
+    text = {"type": "text", "text": "Once"}
+    call = {"type": "tool_use", "id": "t", "name": "f", "input": {}}
+    for content, is_begun in (("Once", True), ([text], True), ("", False), ([text, call], False)):
+        body = {"messages": [user, {"role": "assistant", "content": content}], "tools": [TOOL]}
+        ok(server.post("/v1/messages/count_tokens", **body))
+        counted = server.stack.received[-1].prompt.chat
+        server.post("/v1/messages", max_tokens=3, **body)
+        chat = server.stack.generates()[-1].prompt.chat
+        assert chat == counted
+        assert chat.continue_final_message is is_begun
+        assert chat.add_generation_prompt is not is_begun
+
+
 def test_a_conversation_of_claude_code(server) -> None:
     """Its fields, its first system block, a system message in between, a tool's result."""
     body = {

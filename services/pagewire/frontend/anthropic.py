@@ -167,6 +167,10 @@ def _chat(
     for index, message in enumerate(request.messages):
         messages += _messages(index, message, ignored)
     chat = ChatRequest(messages=messages)
+    last = messages[-1] if messages else None
+    if last is not None and last.role == "assistant" and last.content and not last.tool_calls:
+        # The answer has been begun ("prefilled"): it goes on from there.
+        chat.continue_final_message = True
     chat.tools = _tools(request.tools, ignored)
     _choose(chat, request.tool_choice)
     thinking = request.thinking
