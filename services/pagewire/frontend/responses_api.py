@@ -258,7 +258,8 @@ def _messages(request: ResponsesRequest, names: _Names, ignored: Ignored) -> lis
 def _add(
     messages: list[MessageIn], index: int, item: Item, names: _Names, ignored: Ignored
 ) -> None:
-    match item.type or "message":
+    is_reference = item.role is None and item.content is None
+    match item.type or ("item_reference" if is_reference else "message"):
         case "message":
             text = _text(index, item.content)
             messages.append(MessageIn(item.role or "user", text))
