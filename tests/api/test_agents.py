@@ -433,6 +433,35 @@ def test_what_needs_a_memory_is_refused(server, more: dict, param: str) -> None:
     assert (error["type"], error["param"]) == ("BadRequestError", param)
 
 
+def test_an_answer_is_one_message_whatever_the_order_of_its_items(server) -> None:
+    """Reasoning and text between calls, as models write them, do not part calls from their
+    results."""
+
+    def reasoning(text: str) -> dict:
+        return {"type": "reasoning", "content": [{"type": "reasoning_text", "text": text}]}
+
+    def call(call_id: str) -> dict:
+        return {"type": "function_call", "call_id": call_id, "name": "f", "arguments": "{}"}
+
+    results = [
+        {"type": "function_call_output", "call_id": call_id, "output": "42"}
+        for call_id in ("a", "b")
+    ]
+    text = {"type": "message", "role": "assistant", "content": "Now b."}
+    answer = [reasoning("one"), call("a"), reasoning("two"), text, call("b")]
+    user = {"role": "user", "content": "hi"}
+    ok(server.post("/v1/responses", input=[user, *answer, *results, user], tools=[FUNCTION]))
+    function = {"name": "f", "arguments": "{}"}
+    calls = [{"id": one, "type": "function", "function": function} for one in ("a", "b")]
+    assert chat_of(server) == [
+        ("user", "hi", None),
+        ("assistant", "Now b.", {"tool_calls": calls, "reasoning_content": "one\n\ntwo"}),
+        ("tool", "42", {"tool_call_id": "a"}),
+        ("tool", "42", {"tool_call_id": "b"}),
+        ("user", "hi", None),
+    ]
+
+
 @pytest.mark.parametrize(
     "item",
     [
