@@ -433,6 +433,33 @@ def test_what_needs_a_memory_is_refused(server, more: dict, param: str) -> None:
     assert (error["type"], error["param"]) == ("BadRequestError", param)
 
 
+def test_what_has_no_effect_is_logged(server) -> None:
+    ok(
+        server.post(
+            "/v1/responses",
+            input="hi",
+            include=["reasoning.encrypted_content", "message.output_text.logprobs"],
+            truncation="auto",
+            text={"verbosity": "low"},
+            service_tier="flex",
+        )
+    )
+    result = {"type": "tool_result", "tool_use_id": "t", "content": "no", "is_error": True}
+    messages = [{"role": "user", "content": [result]}]
+    for thinking in ({"type": "adaptive", "display": "omitted"}, {"type": "new"}):
+        ok(server.post("/v1/messages", messages=messages, max_tokens=3, thinking=thinking))
+    assert server.frontend.service.state.ignored >= {
+        "include message.output_text.logprobs",
+        "truncation auto",
+        "text.verbosity",
+        "service_tier",
+        "tool_result.is_error",
+        "thinking.display",
+        "thinking new",
+    }
+    assert "include reasoning.encrypted_content" not in server.frontend.service.state.ignored
+
+
 def test_an_answer_is_one_message_whatever_the_order_of_its_items(server) -> None:
     """Reasoning and text between calls, as models write them, do not part calls from their
     results."""

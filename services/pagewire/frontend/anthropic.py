@@ -78,10 +78,11 @@ class AnthropicChoice(Struct):
 
 
 class Thinking(Struct):
-    """`enabled` with a budget, `adaptive`, or `disabled`."""
+    """`enabled` with a budget, `adaptive`, or `disabled`; `display` says whether it is shown."""
 
     type: str
     budget_tokens: int | None = None
+    display: str | None = None
 
 
 class OutputFormat(Struct):
@@ -173,13 +174,25 @@ def _chat(
         chat.continue_final_message = True
     chat.tools = _tools(request.tools, ignored)
     _choose(chat, request.tool_choice)
-    thinking = request.thinking
-    if thinking is not None and thinking.type in ("enabled", "disabled") and model.has_reasoning:
-        enabled = b"true" if thinking.type == "enabled" else b"false"
-        chat.chat_template_kwargs = {"enable_thinking": Raw(enabled)}
+    _think(chat, request.thinking, model, ignored)
     if request.output_config is not None:
         chat.reasoning_effort = request.output_config.effort
     return chat
+
+
+def _think(
+    chat: ChatRequest, thinking: Thinking | None, model: ModelFacts, ignored: Ignored
+) -> None:
+    if thinking is None:
+        return
+    if thinking.display is not None:
+        ignored.add("thinking.display")
+    if thinking.type not in ("enabled", "disabled"):
+        if thinking.type != "adaptive":
+            ignored.add(f"thinking {thinking.type}")
+    elif model.has_reasoning:
+        enabled = b"true" if thinking.type == "enabled" else b"false"
+        chat.chat_template_kwargs = {"enable_thinking": Raw(enabled)}
 
 
 def _system(system: str | list[Block] | None) -> str:
@@ -205,6 +218,8 @@ def _messages(index: int, message: InMessage, ignored: Ignored) -> list[MessageI
     for block in message.content:
         if block.type == "tool_result":
             text = _text(where, block.content or "", ignored)
+            if block.is_error:
+                ignored.add("tool_result.is_error")
             results.append(MessageIn("tool", text, tool_call_id=block.tool_use_id or ""))
         else:
             texts += _block_text(where, block, ignored)

@@ -145,6 +145,7 @@ def plan_responses(
 ) -> Plan:
     """Raises RequestError naming the field that is at fault."""
     _check_memory(request)
+    _note_ineffective(request, ignored)
     names = _Names()
     tools = _tools(request.tools, names, ignored)
     messages = _messages(request, names, ignored)
@@ -182,6 +183,19 @@ def _check_memory(request: ResponsesRequest) -> None:
         raise invalid(
             "`background` is not supported: this server keeps no responses.", "background"
         )
+
+
+def _note_ineffective(request: ResponsesRequest, ignored: Ignored) -> None:
+    """Values of known fields that ask for what is not done."""
+    for name in request.include or ():
+        if name != "reasoning.encrypted_content":
+            ignored.add(f"include {name}")
+    if request.truncation == "auto":
+        ignored.add("truncation auto")
+    if request.text is not None and request.text.verbosity not in (None, "medium"):
+        ignored.add("text.verbosity")
+    if request.service_tier not in (None, "auto", "default"):
+        ignored.add("service_tier")
 
 
 def _echoed(body: bytes) -> bytes:
