@@ -269,6 +269,14 @@ def test_a_conversation_of_claude_code(server) -> None:
         ({"thinking": {"type": "enabled", "budget_tokens": 5}}, "budget_tokens"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "g"}}, "tool_choice"),
         ({"model": "none"}, "none"),
+        ({"tool_choice": {"type": "any"}}, "tool_choice"),
+        (
+            {
+                "tools": [{"type": "web_search_20250305", "name": "web_search"}],
+                "tool_choice": {"type": "tool", "name": "web_search"},
+            },
+            "tool_choice",
+        ),
     ],
 )
 def test_errors_have_the_shape_of_the_api(server, more: dict, part: str) -> None:

@@ -281,7 +281,14 @@ def _tools(tools: list[AnthropicTool] | None, ignored: Ignored) -> list[ToolIn] 
 
 
 def _choose(chat: ChatRequest, choice: AnthropicChoice | None) -> None:
-    if choice is None or chat.tools is None:
+    if choice is None:
+        return
+    if chat.tools is None:
+        if choice.type in ("any", "tool"):
+            raise invalid(
+                f"`tool_choice` {choice.type!r} is not possible: `tools` has none that can be called here.",
+                "tool_choice",
+            )
         return
     if choice.disable_parallel_tool_use:
         chat.parallel_tool_calls = False
