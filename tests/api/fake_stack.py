@@ -119,6 +119,8 @@ class Script:
             script.tokens, script.reason = len(PARTS), Finish.STOP
         if "late" in text.split() and generate.text.answer is not None:
             script.tokens, script.reason = len(LATE_TEXT), Finish.LENGTH
+            if generate.text.stop:
+                script.reason, script.stop_reason = Finish.STOP, generate.text.stop[0]
         if "silent" in text.split():
             script.tokens, script.reason = 0, Finish.STOP
         if "slow" in text.split():

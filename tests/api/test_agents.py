@@ -170,6 +170,12 @@ def test_a_plain_message_ends_by_its_length_or_a_stop_sequence(server) -> None:
     options = {"messages": [user], "max_tokens": 9, "stop_sequences": ["x"]}
     body = ok(server.post("/v1/messages", **options))
     assert (body["stop_reason"], body["stop_sequence"]) == ("stop_sequence", "x")
+    options = {**options, "messages": [{"role": "user", "content": "late"}], "tools": [TOOL]}
+    body = ok(server.post("/v1/messages", **options))
+    assert [block["type"] for block in body["content"]].count("tool_use") == 1
+    assert (body["stop_reason"], body["stop_sequence"]) == ("stop_sequence", "x")
+    delta = events_of(server, "/v1/messages", **options)[-2]["delta"]
+    assert delta == {"stop_reason": "stop_sequence", "stop_sequence": "x"}
 
 
 @pytest.mark.parametrize("text", ["calls", "late", "silent", "hi"])

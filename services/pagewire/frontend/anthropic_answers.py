@@ -43,7 +43,8 @@ def usage_body(usage: Usage) -> Json:
 
 
 def _stop(reason: str, stop_reason: int | str | None) -> Json:
-    if reason == "stop" and isinstance(stop_reason, str):
+    # Also behind a call, or within one that it has broken off: clients must not make that.
+    if reason != "length" and isinstance(stop_reason, str):
         return {"stop_reason": "stop_sequence", "stop_sequence": stop_reason}
     return {"stop_reason": _REASONS.get(reason, "end_turn"), "stop_sequence": None}
 
