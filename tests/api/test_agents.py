@@ -560,6 +560,35 @@ def test_unknown_blocks_may_hold_anything(server, block: dict) -> None:
     ok(server.post("/v1/messages/count_tokens", **body))
 
 
+def test_errors_call_parameters_by_their_names(server) -> None:
+    """Those of the API, not those of the chat that it becomes."""
+    call = {"type": "function_call", "call_id": "c", "name": "no name", "arguments": "{}"}
+    user = {"role": "user", "content": "hi"}
+    for more, param, part in (
+        ({"max_output_tokens": 0}, "max_output_tokens", "`max_output_tokens`"),
+        ({"input": []}, "input", "`input`"),
+        ({"input": [user, user, call]}, "input", "`input[2].name`"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format", "`text.format`"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format", "`text.format.schema`"),
+        ({"reasoning": {"effort": "much"}}, "reasoning.effort", "`reasoning.effort`"),
+        ({"tools": [{**FUNCTION, "name": "no name"}]}, "tools", "`tools[0].name`"),
+        ({"input": "refuse400"}, "input", "System"),
+    ):
+        answer = server.post("/v1/responses", **{"input": "hi", **more})
+        error = answer.json()["error"]
+        assert answer.status_code == 400 and error["param"] == param
+        assert part in error["message"]
+    use = {"type": "tool_use", "id": "t", "name": "no name", "input": {}}
+    for more, part in (
+        ({"stop_sequences": [""]}, "`stop_sequences`"),
+        ({"output_config": {"effort": "much"}}, "`output_config.effort`"),
+        ({"tools": [{**TOOL, "name": "no name"}]}, "`tools[0].name`"),
+        ({"messages": [user, {"role": "assistant", "content": [use]}]}, "`messages[1].content[0]"),
+    ):
+        answer = server.post("/v1/messages", **{"messages": [user], "max_tokens": 3, **more})
+        assert answer.status_code == 400 and part in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("text", ["calls", "late", "silent", "hi", "failed"])
 def test_answers_fit_the_types_of_the_clients(server, text: str) -> None:
     """All fields that OpenAI's and Anthropic's own clients know as required are there."""

@@ -25,11 +25,18 @@ from .openai import (
     ToolIn,
 )
 from .params import Plan
+from .tools import check_name
 
 log = logging.getLogger("pagewire.frontend")
 BILLING: Final = "x-anthropic-billing-header:"
 """Begins a block of Claude Code's system prompt that is for Anthropic's accounts; in some versions it
 differs in every request, and would leave nothing of the prompt in the prefix cache."""
+NAMES: Final = {
+    "reasoning_effort": "output_config.effort",
+    "response_format": "output_config.format",
+    "stop": "stop_sequences",
+}
+"""What the parameters of chats are called here, for errors."""
 BLOCKS: Final = ("text", "thinking", "tool_use", "tool_result")
 """Types of blocks that are read; others are ignored or refused, whatever they hold."""
 TOOLS: Final = ("custom",)
@@ -232,8 +239,9 @@ def _answer(where: str, blocks: list[Block], ignored: Ignored) -> MessageIn:
     texts: list[str] = []
     thoughts: list[str] = []
     calls: list[ToolCallIn] = []
-    for block in blocks:
+    for number, block in enumerate(blocks):
         if block.type == "tool_use":
+            check_name(block.name or "", f"{where}.content[{number}].name", "messages")
             calls.append(call_of(block.id or "", block.name or "", block.input or {}))
         elif block.type == "thinking":
             thoughts.append(block.thinking or "")

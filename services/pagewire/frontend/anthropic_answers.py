@@ -6,6 +6,7 @@ from typing import Any, Final
 import msgspec
 
 from ..requests.answers import ContentDelta, Delta, ReasoningDelta, ToolCallDelta
+from .anthropic import NAMES
 from .errors import ApiError
 from .rendering import Rendering
 from .responses import ChatFormatter, ChoiceData, Usage
@@ -95,6 +96,8 @@ class MessagesFormatter(ChatFormatter):
 
 class MessagesWriter(EventWriter):
     """Streamed answers."""
+
+    names = NAMES
 
     def __init__(self, formatter: MessagesFormatter) -> None:
         super().__init__()

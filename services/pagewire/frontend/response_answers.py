@@ -9,7 +9,7 @@ from ..requests.answers import ContentDelta, Delta, ReasoningDelta, ToolCallDelt
 from .errors import ApiError
 from .rendering import Rendering
 from .responses import ChatFormatter, ChoiceData, Usage, text_of
-from .responses_api import sealed
+from .responses_api import NAMES, sealed
 from .typed_events import EventWriter, Json
 
 _DEFAULTS: Final[Json] = {
@@ -152,6 +152,8 @@ def text_part(text: str) -> Json:
 
 class ResponsesWriter(EventWriter):
     """Streamed answers."""
+
+    names = NAMES
 
     def __init__(self, formatter: ResponsesFormatter) -> None:
         super().__init__()

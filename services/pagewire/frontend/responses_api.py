@@ -27,6 +27,7 @@ from .openai import (
     ToolIn,
 )
 from .params import Plan
+from .tools import check_name
 
 _NULL: Final[Any] = field(default_factory=lambda: Raw(b"null"))
 SEALED: Final = "pagewire:"
@@ -39,6 +40,14 @@ ECHOED: Final = (
 """Fields of the request that its answer repeats."""
 
 
+NAMES: Final = {
+    "json_schema.schema": "text.format.schema",
+    "max_completion_tokens": "max_output_tokens",
+    "messages": "input",
+    "reasoning_effort": "reasoning.effort",
+    "response_format": "text.format",
+}
+"""What the parameters of chats are called here, for errors."""
 ITEMS: Final = ("message", "reasoning", "function_call", "function_call_output", "item_reference")
 """Types of items that are read; others are ignored, whatever they hold."""
 TOOLS: Final = ("function", "namespace")
@@ -283,6 +292,7 @@ def _add(
                 messages.append(assistant(reasoning=text))
         case "function_call":
             name = names.shown(item.namespace, item.name or "")
+            check_name(name, f"input[{index}].name", "input")
             call = call_of(item.call_id or "", name, item.arguments or "")
             last = messages[-1] if messages else None
             if last is None or last.role != "assistant":

@@ -3,14 +3,14 @@ reasoning, calls) that are opened, filled and closed one after the other. Knows 
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 from pagewire_protocol.structs import TokenLogprobs
 
 from ..requests.answers import ContentDelta, Delta, Output, ToolCallDelta
 from ..requests.request import OwnedRequest
-from .errors import ApiError, as_api_error
+from .errors import ApiError, as_api_error, renamed
 from .events import SseReply
 from .reply import Choice, Echo, Reply
 from .responses import ResponseFormatter, Usage, block_of
@@ -26,6 +26,9 @@ def named_event(body: Json) -> bytes:
 
 class EventWriter(ABC):
     """The events of one answer. A block is open until one of another kind begins."""
+
+    names: ClassVar[Mapping[str, str]]
+    """What the parameters of chats are called here, for errors."""
 
     def __init__(self) -> None:
         self.blocks = -1
@@ -110,7 +113,8 @@ class TypedSseReply(SseReply):
         if self.done.done():
             return
         if self.error is not None and self.opened.done():
-            self.push(self.writer.failed(as_api_error(self.error)))
+            error = renamed(as_api_error(self.error), self.writer.names)
+            self.push(self.writer.failed(error))
         for choice in self.choices:
             if isinstance(choice, TypedChoice):
                 choice.is_muted = True
