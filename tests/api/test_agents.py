@@ -275,6 +275,7 @@ def test_a_conversation_of_claude_code(server) -> None:
         ({"thinking": {"type": "enabled", "budget_tokens": 5}}, "budget_tokens"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "g"}}, "tool_choice"),
         ({"model": "none"}, "none"),
+        ({"thread": {"type": "create"}}, "thread"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
         (
             {

@@ -10,7 +10,7 @@ from typing import Any, Final
 import msgspec
 from msgspec import Raw, Struct, field
 
-from ..requests.errors import invalid
+from ..requests.errors import ErrorKind, RequestError, invalid
 from ..requests.model_facts import ModelFacts
 from .conversations import JOINT, Ignored, call_of, plan_of
 from .openai import (
@@ -37,12 +37,17 @@ NAMES: Final = {
     "stop": "stop_sequences",
 }
 """What the parameters of chats are called here, for errors."""
+NO_THREADS: Final = "thread_unsupported_request"
+"""By this code of an error Anthropic's clients know that they have to send a conversation whole."""
 BLOCKS: Final = ("text", "thinking", "tool_use", "tool_result")
 """Types of blocks that are read; others are ignored or refused, whatever they hold."""
 TOOLS: Final = ("custom",)
 """The same of tools."""
 MIN_BUDGET: Final = 1024
 """Tokens of thinking that may be asked for, at least."""
+
+
+_NULL: Final[Any] = field(default_factory=lambda: Raw(b"null"))
 
 
 class Block(Struct):
@@ -125,6 +130,7 @@ class MessagesRequest(Struct, kw_only=True):
     output_format: OutputFormat | None = None
     metadata: dict[str, Raw] | None = None
     service_tier: str | None = None
+    thread: Raw = _NULL
 
 
 class CountRequest(Struct, kw_only=True):
@@ -141,6 +147,13 @@ class CountRequest(Struct, kw_only=True):
 
 def plan_messages(request: MessagesRequest, model: ModelFacts, ignored: Ignored) -> Plan:
     """Raises RequestError naming the field that is at fault."""
+    if bytes(request.thread) != b"null":
+        raise RequestError(
+            ErrorKind.INVALID,
+            "`thread` is not supported: this server keeps no conversations. Send it all in `messages`.",
+            param="thread",
+            type=NO_THREADS,
+        )
     thinking = request.thinking
     chat = _chat(request, model, ignored)
     if request.max_tokens < 1:

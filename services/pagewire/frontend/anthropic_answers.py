@@ -6,7 +6,7 @@ from typing import Any, Final
 import msgspec
 
 from ..requests.answers import ContentDelta, Delta, ReasoningDelta, ToolCallDelta
-from .anthropic import NAMES
+from .anthropic import NAMES, NO_THREADS
 from .errors import ApiError
 from .rendering import Rendering
 from .responses import ChatFormatter, ChoiceData, Usage
@@ -30,7 +30,10 @@ PREFIX: Final = "/v1/messages"
 def error_body(error: ApiError) -> Json:
     """Anthropic's error object."""
     kind = _ERRORS.get(error.status) or ("api_error" if error.status >= 500 else _ERRORS[400])
-    return {"type": "error", "error": {"type": kind, "message": error.message}}
+    fields: Json = {"type": kind, "message": error.message}
+    if error.type == NO_THREADS:
+        fields["details"] = {"error_code": NO_THREADS, "unsupported": ["thread"]}
+    return {"type": "error", "error": fields}
 
 
 def usage_body(usage: Usage) -> Json:
