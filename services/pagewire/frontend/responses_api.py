@@ -135,6 +135,7 @@ class ResponsesRequest(Struct, kw_only=True):
     text: TextSettings | None = None
     previous_response_id: str | None = None
     conversation: Raw = _NULL
+    prompt: Raw = _NULL
     background: bool | None = None
     store: bool | None = None
     include: list[str] | None = None
@@ -187,6 +188,12 @@ def _check_memory(request: ResponsesRequest) -> None:
         raise invalid(
             "`conversation` is not supported: this server keeps none. Send it all in `input`.",
             "conversation",
+        )
+    if bytes(request.prompt) != b"null":
+        raise invalid(
+            "`prompt` is not supported: this server keeps no templates. Send its text in "
+            "`instructions` or `input`.",
+            "prompt",
         )
     if request.background:
         raise invalid(
