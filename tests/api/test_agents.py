@@ -8,6 +8,7 @@ import pytest
 from anthropic.types import Message, RawMessageStreamEvent
 from api.conftest import MODEL
 from openai.types.responses import Response, ResponseStreamEvent
+from pagewire_protocol.sampling import ToolChoice
 from pydantic import TypeAdapter
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
@@ -474,6 +475,29 @@ def test_what_has_no_effect_is_logged(server) -> None:
         "thinking new",
     }
     assert "include reasoning.encrypted_content" not in server.frontend.service.state.ignored
+
+
+def test_some_of_the_tools_are_allowed(server) -> None:
+    """Clients may send the same tools each time, and say which of them count."""
+
+    def ask(mode: str, *allowed: str) -> Any:
+        tools = [{"type": "function", "name": name} for name in allowed]
+        choice = {"type": "allowed_tools", "mode": mode, "tools": tools}
+        both = [FUNCTION, {**FUNCTION, "name": "g"}]
+        return server.post("/v1/responses", input="hi", tools=both, tool_choice=choice)
+
+    choices = {"auto": ToolChoice.AUTO, "required": ToolChoice.REQUIRED}
+    for mode, choice in choices.items():
+        body = ok(ask(mode, "g"))
+        assert body["tool_choice"]["mode"] == mode and len(body["tools"]) == 2
+        generate = server.stack.generates()[-1]
+        shown = json.loads(generate.prompt.chat.tools)
+        assert [tool["function"]["name"] for tool in shown] == ["g"]
+        assert generate.text.answer.tool_choice is choice
+    ok(ask("auto"))
+    assert server.stack.generates()[-1].prompt.chat.tools == b""
+    for answer in (ask("required"), ask("auto", "h"), ask("perhaps", "f")):
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "tool_choice"
 
 
 def test_an_answer_is_one_message_whatever_the_order_of_its_items(server) -> None:

@@ -88,11 +88,21 @@ class ResponsesTool(Struct):
     tools: "list[ResponsesTool] | None" = None
 
 
-class ResponsesChoice(Struct):
-    """A choice of one function."""
+class AllowedTool(Struct):
+    """One of the tools that may be called."""
 
     type: str
     name: str | None = None
+    namespace: str | None = None
+
+
+class ResponsesChoice(Struct):
+    """A choice of one function; or `allowed_tools`, with a `mode` (`auto` or `required`)."""
+
+    type: str
+    name: str | None = None
+    mode: str | None = None
+    tools: list[AllowedTool] | None = None
 
 
 class ReasoningOptions(Struct):
@@ -160,8 +170,12 @@ def plan_responses(
     tools = _tools(request.tools, names, ignored)
     messages = _messages(request, names, ignored)
     chat = ChatRequest(messages=messages)
+    choice = request.tool_choice
+    if isinstance(choice, ResponsesChoice) and choice.type == "allowed_tools":
+        tools = _allowed(choice, tools, names, ignored)
+        choice = choice.mode or "auto"
     chat.tools = tools or None
-    chat.tool_choice = _choice(request.tool_choice, chat.tools, names)
+    chat.tool_choice = _choice(choice, chat.tools, names)
     chat.parallel_tool_calls = request.parallel_tool_calls
     chat.stream = request.stream
     chat.temperature = request.temperature  # type: ignore[reportAttributeAccessIssue]
@@ -257,6 +271,25 @@ def _tools(
         else:
             ignored.add(f"tool {tool.type}")
     return kept
+
+
+def _allowed(
+    choice: ResponsesChoice, tools: list[ToolIn], names: _Names, ignored: Ignored
+) -> list[ToolIn]:
+    """Those of the tools that may be called. The others are not shown to the model: it is not held
+    to some of what it sees."""
+    allowed: set[str] = set()
+    for tool in choice.tools or ():
+        if tool.type == "function":
+            allowed.add(names.shown(tool.namespace, tool.name or ""))
+        else:
+            ignored.add(f"tool {tool.type}")
+    unknown = sorted(allowed - {tool.function.name for tool in tools})
+    if unknown:
+        raise invalid(
+            f"`tool_choice` allows {unknown[0][:64]!r}, which is none of `tools`.", "tool_choice"
+        )
+    return [tool for tool in tools if tool.function.name in allowed]
 
 
 def _choice(
