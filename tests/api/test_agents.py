@@ -8,6 +8,9 @@ import pytest
 from anthropic.types import Message, RawMessageStreamEvent
 from api.conftest import MODEL
 from openai.types.responses import Response, ResponseStreamEvent
+from pagewire.frontend.anthropic_answers import error_body
+from pagewire.frontend.errors import ApiError
+from pagewire_protocol.prompt_checks import far_too_long, too_long, too_many_characters
 from pagewire_protocol.sampling import ToolChoice
 from pydantic import TypeAdapter
 
@@ -295,6 +298,23 @@ def test_errors_have_the_shape_of_the_api(server, more: dict, part: str) -> None
     assert error["type"] == "error" and part in error["error"]["message"]
     kinds = {400: "invalid_request_error", 404: "not_found_error"}
     assert error["error"]["type"] == kinds[answer.status_code]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "counted"),
+    [
+        (too_long(4096, 5000, 1), ": 5000 tokens > 4096 maximum"),
+        (far_too_long(4096, 90_000, 30_000, 6000), ": 6000 tokens > 4096 maximum"),
+        (too_many_characters(4096, 900_000, 400_000), ""),
+    ],
+)
+def test_a_prompt_that_is_too_long_is_said_to_be_in_the_words_of_the_api(
+    refusal: str, counted: str
+) -> None:
+    """Claude Code shortens the conversation where it reads them."""
+    message = error_body(ApiError(400, refusal))["error"]["message"]
+    assert message == f"prompt is too long{counted}. {refusal}"
+    assert error_body(ApiError(400, "x"))["error"]["message"] == "x"
 
 
 def test_keys_of_both_kinds_pass(serve) -> None:

@@ -170,6 +170,9 @@ def test_anthropic(caller: Any) -> None:
     assert count.input_tokens == message.usage.input_tokens + (
         message.usage.cache_read_input_tokens or 0
     )
+    long: Any = [{"role": "user", "content": "word " * 5000}]
+    with pytest.raises(anthropic.BadRequestError, match=r"is too long: \d+ tokens > 4096 maximum"):
+        client.messages.create(model="caller", messages=long, max_tokens=9)
     with pytest.raises(anthropic.BadRequestError, match="max_tokens"):
         client.messages.create(model="caller", messages=ASK, max_tokens=0)
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
+from pagewire_protocol.prompt_checks import said_lengths
 
 from ..requests.answers import ContentDelta, Delta, ReasoningDelta, ToolCallDelta
 from .anthropic import NAMES, NO_THREADS
@@ -28,9 +29,16 @@ PREFIX: Final = "/v1/messages"
 
 
 def error_body(error: ApiError) -> Json:
-    """Anthropic's error object."""
+    """Anthropic's error object. Of a prompt that is too long it begins with Anthropic's words:
+    Claude Code knows by these that it has to shorten the conversation."""
     kind = _ERRORS.get(error.status) or ("api_error" if error.status >= 500 else _ERRORS[400])
-    fields: Json = {"type": kind, "message": error.message}
+    message = error.message
+    lengths = said_lengths(message)
+    if lengths is not None:
+        tokens, most = lengths
+        counted = f": {tokens} tokens > {most} maximum" if tokens else ""
+        message = f"prompt is too long{counted}. {message}"
+    fields: Json = {"type": kind, "message": message}
     if error.type == NO_THREADS:
         fields["details"] = {"error_code": NO_THREADS, "unsupported": ["thread"]}
     return {"type": "error", "error": fields}
