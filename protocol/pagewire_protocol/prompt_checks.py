@@ -4,6 +4,14 @@ a shorter one.
 Both who owns a request and the tokenizer decide this, so the rules and their words stand here once.
 """
 
+import re
+from typing import Final
+
+_TOO_LONG: Final = re.compile(
+    r"This model's maximum context length is (\d+) tokens"
+    r"(?:.*\((\d+) in the prompt|.*alone are (\d+) tokens)?"
+)
+
 
 def kept_prompt_tokens(truncate_prompt: int, max_model_len: int, completion_tokens: int) -> int:
     """How many of the prompt's last tokens stay; 0: all of them.
@@ -50,6 +58,15 @@ def too_many_characters(max_model_len: int, characters: int, most: int) -> str:
         f"This model's maximum context length is {max_model_len} tokens, which have at most "
         f"{most} characters. However, the prompt has {characters}. Shorten the prompt."
     )
+
+
+def said_lengths(refusal: str) -> tuple[int, int] | None:
+    """The tokens of the prompt, at least (0: not known), and of the context, which one of the three
+    refusals above says; None for any other."""
+    match = _TOO_LONG.match(refusal)
+    if match is None:
+        return None
+    return int(match[2] or match[3] or 0), int(match[1])
 
 
 def outside_vocabulary(token: object, vocab_size: int) -> str:

@@ -53,6 +53,8 @@ PARTS: tuple[Parts, ...] = (
     [(PartKind.CALL_ID, 1, "call_b"), (PartKind.CALL_NAME, 1, "g"), (PartKind.ARGUMENTS, 1, "{}")],
 )
 """What each token brings of an answer with parts, where the prompt has the word `calls`."""
+LATE_TEXT: tuple[Parts, ...] = (*PARTS[:6], [(PartKind.CONTENT, 0, "Done")])
+"""The same for the word `late`: text follows a call, and max_tokens cuts it off."""
 HANG = 666
 """A prompt with this id hangs; so it would with this word."""
 FIRST_WORD = 700
@@ -115,6 +117,12 @@ class Script:
             script.hang_after = 2 if generate.prompt.ids is None else 0
         if "calls" in text.split() and generate.text.answer is not None:
             script.tokens, script.reason = len(PARTS), Finish.STOP
+        if "late" in text.split() and generate.text.answer is not None:
+            script.tokens, script.reason = len(LATE_TEXT), Finish.LENGTH
+            if generate.text.stop:
+                script.reason, script.stop_reason = Finish.STOP, generate.text.stop[0]
+        if "silent" in text.split():
+            script.tokens, script.reason = 0, Finish.STOP
         if "slow" in text.split():
             script.delay = 0.05
         script.mum = "mum" in text.split()
@@ -135,9 +143,11 @@ def deltas(generate: Generate, start: int, count: int, execution: int, **more: o
     """Rows of one token each, from output position `start` on."""
     positions = range(start, start + count)
     wants_parts = generate.text.answer is not None
-    has_parts = bool(count) and wants_parts and "calls" in prompt_text(generate).split()
+    words = prompt_text(generate).split()
+    table = {"calls": PARTS, "late": LATE_TEXT}.get(words[-1] if words else "", ())
+    has_parts = bool(count and wants_parts and table)
     if has_parts:
-        more |= parts_of(positions)
+        more |= parts_of(table, positions)
     return Deltas(
         handles=pack("I", [generate.handle] * count),
         attempts=pack("I", [generate.attempt] * count),
@@ -151,9 +161,9 @@ def deltas(generate: Generate, start: int, count: int, execution: int, **more: o
     )
 
 
-def parts_of(positions: range) -> dict[str, object]:
+def parts_of(table: tuple[Parts, ...], positions: range) -> dict[str, object]:
     """The columns of the parts that these positions bring."""
-    rows = [(row, *part) for row, position in enumerate(positions) for part in PARTS[position]]
+    rows = [(row, *part) for row, position in enumerate(positions) for part in table[position]]
     indices, kinds, calls, texts = zip(*rows, strict=True)
     return {
         "part_rows": pack("i", indices),

@@ -170,6 +170,9 @@ def test_anthropic(caller: Any) -> None:
     assert count.input_tokens == message.usage.input_tokens + (
         message.usage.cache_read_input_tokens or 0
     )
+    long: Any = [{"role": "user", "content": "word " * 5000}]
+    with pytest.raises(anthropic.BadRequestError, match=r"is too long: \d+ tokens > 4096 maximum"):
+        client.messages.create(model="caller", messages=long, max_tokens=9)
     with pytest.raises(anthropic.BadRequestError, match="max_tokens"):
         client.messages.create(model="caller", messages=ASK, max_tokens=0)
 
@@ -178,6 +181,44 @@ def test_anthropic(caller: Any) -> None:
 def get_weather(unit: Literal["celsius", "fahrenheit"], days: Literal[1, 2, 3]) -> str:
     """The weather."""
     return f"{days} sunny days in {unit}"
+
+
+def test_anthropic_tool_runner(caller: Any) -> None:
+    """It asks the server to keep the conversation, and sends it whole where that cannot."""
+
+    @anthropic.beta_tool
+    def get_weather(sunny: bool) -> str:
+        """The weather.
+
+        Args:
+            sunny: Whether the sun shines.
+        """
+        return "rain"
+
+    options: Any = {"base_url": caller.url, "api_key": "EMPTY", "max_retries": 0, "timeout": 60}
+    with anthropic.Anthropic(**options) as client:
+        runner = client.beta.messages.tool_runner(
+            model="caller",
+            max_tokens=200,
+            messages=ASK,
+            tools=[get_weather],
+            tool_choice={"type": "any", "disable_parallel_tool_use": True},
+            max_iterations=2,
+        )
+        first, second = list(runner)
+        assert first.stop_reason == second.stop_reason == "tool_use"
+        prompts = [
+            message.usage.input_tokens + (message.usage.cache_read_input_tokens or 0)
+            for message in (first, second)
+        ]
+        assert prompts[1] > prompts[0], "the second turn has the first one in its prompt"
+        with pytest.raises(anthropic.BadRequestError, match="thread"):
+            client.beta.messages.create(
+                model="caller",
+                messages=ASK,
+                max_tokens=2,
+                thread={"type": "continue", "previous_message_id": "msg_1"},
+            )
 
 
 def test_langchain_calls_tools(caller: Any) -> None:

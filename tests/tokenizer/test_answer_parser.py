@@ -93,6 +93,21 @@ def test_a_call_that_breaks_off_keeps_what_was_said(name: str) -> None:
         assert case[begin:length] in text
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_marker_behind_a_call_that_is_cut_off_is_no_content(name: str) -> None:
+    """At every length: the text is not blamed for the marker that max_tokens cut off."""
+    case = CASES[name]
+    answer_format = named_format(name.strip())
+    assert answer_format is not None
+    texts = markers_of(answer_format, THINK)
+    for length in range(len(case)):
+        parts = parsed(name, [case[:length]])
+        content = "".join(text for kind, _, text in parts if kind is PartKind.CONTENT)
+        content = content.removeprefix("Sure.").strip()
+        if content and any(kind is PartKind.CALL_NAME for kind, _, _ in parts):
+            assert not any(text.startswith(content) for text in texts), case[:length]
+
+
 def test_reasoning_comes_before_the_answer() -> None:
     text = "<think>\nHm, <b>.\n</think>\n\nYes."
     expected = [(PartKind.CONTENT, 0, "Yes."), (PartKind.REASONING, 0, "Hm, <b>.")]

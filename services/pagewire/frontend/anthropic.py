@@ -10,7 +10,7 @@ from typing import Any, Final
 import msgspec
 from msgspec import Raw, Struct, field
 
-from ..requests.errors import invalid
+from ..requests.errors import ErrorKind, RequestError, invalid
 from ..requests.model_facts import ModelFacts
 from .conversations import JOINT, Ignored, call_of, plan_of
 from .openai import (
@@ -25,13 +25,29 @@ from .openai import (
     ToolIn,
 )
 from .params import Plan
+from .tools import check_name
 
 log = logging.getLogger("pagewire.frontend")
 BILLING: Final = "x-anthropic-billing-header:"
 """Begins a block of Claude Code's system prompt that is for Anthropic's accounts; in some versions it
 differs in every request, and would leave nothing of the prompt in the prefix cache."""
+NAMES: Final = {
+    "reasoning_effort": "output_config.effort",
+    "response_format": "output_config.format",
+    "stop": "stop_sequences",
+}
+"""What the parameters of chats are called here, for errors."""
+NO_THREADS: Final = "thread_unsupported_request"
+"""By this code of an error Anthropic's clients know that they have to send a conversation whole."""
+BLOCKS: Final = ("text", "thinking", "tool_use", "tool_result")
+"""Types of blocks that are read; others are ignored or refused, whatever they hold."""
+TOOLS: Final = ("custom",)
+"""The same of tools."""
 MIN_BUDGET: Final = 1024
 """Tokens of thinking that may be asked for, at least."""
+
+
+_NULL: Final[Any] = field(default_factory=lambda: Raw(b"null"))
 
 
 class Block(Struct):
@@ -58,7 +74,7 @@ class InMessage(Struct):
 class AnthropicTool(Struct):
     """A tool of the client (`type` is `custom` or missing), or one of Anthropic's servers."""
 
-    name: str
+    name: str = ""
     type: str | None = None
     description: str | None = None
     input_schema: dict[str, Raw] | None = None
@@ -74,10 +90,11 @@ class AnthropicChoice(Struct):
 
 
 class Thinking(Struct):
-    """`enabled` with a budget, `adaptive`, or `disabled`."""
+    """`enabled` with a budget, `adaptive`, or `disabled`; `display` says whether it is shown."""
 
     type: str
     budget_tokens: int | None = None
+    display: str | None = None
 
 
 class OutputFormat(Struct):
@@ -113,6 +130,7 @@ class MessagesRequest(Struct, kw_only=True):
     output_format: OutputFormat | None = None
     metadata: dict[str, Raw] | None = None
     service_tier: str | None = None
+    thread: Raw = _NULL
 
 
 class CountRequest(Struct, kw_only=True):
@@ -129,6 +147,13 @@ class CountRequest(Struct, kw_only=True):
 
 def plan_messages(request: MessagesRequest, model: ModelFacts, ignored: Ignored) -> Plan:
     """Raises RequestError naming the field that is at fault."""
+    if bytes(request.thread) != b"null":
+        raise RequestError(
+            ErrorKind.INVALID,
+            "`thread` is not supported: this server keeps no conversations. Send it all in `messages`.",
+            param="thread",
+            type=NO_THREADS,
+        )
     thinking = request.thinking
     chat = _chat(request, model, ignored)
     if request.max_tokens < 1:
@@ -163,15 +188,31 @@ def _chat(
     for index, message in enumerate(request.messages):
         messages += _messages(index, message, ignored)
     chat = ChatRequest(messages=messages)
+    last = messages[-1] if messages else None
+    if last is not None and last.role == "assistant" and last.content and not last.tool_calls:
+        # The answer has been begun ("prefilled"): it goes on from there.
+        chat.continue_final_message = True
     chat.tools = _tools(request.tools, ignored)
     _choose(chat, request.tool_choice)
-    thinking = request.thinking
-    if thinking is not None and thinking.type in ("enabled", "disabled") and model.has_reasoning:
-        enabled = b"true" if thinking.type == "enabled" else b"false"
-        chat.chat_template_kwargs = {"enable_thinking": Raw(enabled)}
+    _think(chat, request.thinking, model, ignored)
     if request.output_config is not None:
         chat.reasoning_effort = request.output_config.effort
     return chat
+
+
+def _think(
+    chat: ChatRequest, thinking: Thinking | None, model: ModelFacts, ignored: Ignored
+) -> None:
+    if thinking is None:
+        return
+    if thinking.display is not None:
+        ignored.add("thinking.display")
+    if thinking.type not in ("enabled", "disabled"):
+        if thinking.type != "adaptive":
+            ignored.add(f"thinking {thinking.type}")
+    elif model.has_reasoning:
+        enabled = b"true" if thinking.type == "enabled" else b"false"
+        chat.chat_template_kwargs = {"enable_thinking": Raw(enabled)}
 
 
 def _system(system: str | list[Block] | None) -> str:
@@ -197,6 +238,8 @@ def _messages(index: int, message: InMessage, ignored: Ignored) -> list[MessageI
     for block in message.content:
         if block.type == "tool_result":
             text = _text(where, block.content or "", ignored)
+            if block.is_error:
+                ignored.add("tool_result.is_error")
             results.append(MessageIn("tool", text, tool_call_id=block.tool_use_id or ""))
         else:
             texts += _block_text(where, block, ignored)
@@ -209,8 +252,9 @@ def _answer(where: str, blocks: list[Block], ignored: Ignored) -> MessageIn:
     texts: list[str] = []
     thoughts: list[str] = []
     calls: list[ToolCallIn] = []
-    for block in blocks:
+    for number, block in enumerate(blocks):
         if block.type == "tool_use":
+            check_name(block.name or "", f"{where}.content[{number}].name", "messages")
             calls.append(call_of(block.id or "", block.name or "", block.input or {}))
         elif block.type == "thinking":
             thoughts.append(block.thinking or "")
@@ -258,7 +302,14 @@ def _tools(tools: list[AnthropicTool] | None, ignored: Ignored) -> list[ToolIn] 
 
 
 def _choose(chat: ChatRequest, choice: AnthropicChoice | None) -> None:
-    if choice is None or chat.tools is None:
+    if choice is None:
+        return
+    if chat.tools is None:
+        if choice.type in ("any", "tool"):
+            raise invalid(
+                f"`tool_choice` {choice.type!r} is not possible: `tools` has none that can be called here.",
+                "tool_choice",
+            )
         return
     if choice.disable_parallel_tool_use:
         chat.parallel_tool_calls = False

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
+from pagewire_protocol.prompt_checks import said_lengths
 
 from ..requests.answers import ContentDelta, Delta, ReasoningDelta, ToolCallDelta
+from .anthropic import NAMES, NO_THREADS
 from .errors import ApiError
 from .rendering import Rendering
 from .responses import ChatFormatter, ChoiceData, Usage
@@ -27,9 +29,19 @@ PREFIX: Final = "/v1/messages"
 
 
 def error_body(error: ApiError) -> Json:
-    """Anthropic's error object."""
+    """Anthropic's error object. Of a prompt that is too long it begins with Anthropic's words:
+    Claude Code knows by these that it has to shorten the conversation."""
     kind = _ERRORS.get(error.status) or ("api_error" if error.status >= 500 else _ERRORS[400])
-    return {"type": "error", "error": {"type": kind, "message": error.message}}
+    message = error.message
+    lengths = said_lengths(message)
+    if lengths is not None:
+        tokens, most = lengths
+        counted = f": {tokens} tokens > {most} maximum" if tokens else ""
+        message = f"prompt is too long{counted}. {message}"
+    fields: Json = {"type": kind, "message": message}
+    if error.type == NO_THREADS:
+        fields["details"] = {"error_code": NO_THREADS, "unsupported": ["thread"]}
+    return {"type": "error", "error": fields}
 
 
 def usage_body(usage: Usage) -> Json:
@@ -43,7 +55,8 @@ def usage_body(usage: Usage) -> Json:
 
 
 def _stop(reason: str, stop_reason: int | str | None) -> Json:
-    if reason == "stop" and isinstance(stop_reason, str):
+    # Also behind a call, or within one that it has broken off: clients must not make that.
+    if reason != "length" and isinstance(stop_reason, str):
         return {"stop_reason": "stop_sequence", "stop_sequence": stop_reason}
     return {"stop_reason": _REASONS.get(reason, "end_turn"), "stop_sequence": None}
 
@@ -54,6 +67,17 @@ def _input(arguments: str) -> Any:
         return msgspec.json.decode(arguments or "{}", type=dict[str, Any])
     except msgspec.DecodeError:
         return {"arguments": arguments}
+
+
+def _block(part: Delta) -> Json:
+    """A part of an answer, whole."""
+    match part:
+        case ContentDelta(text):
+            return {"type": "text", "text": text}
+        case ReasoningDelta(text):
+            return {"type": "thinking", "thinking": text, "signature": ""}
+        case ToolCallDelta(call_id=call_id, name=name, arguments=text):
+            return {"type": "tool_use", "id": call_id, "name": name, "input": _input(text)}
 
 
 class MessagesFormatter(ChatFormatter):
@@ -72,14 +96,7 @@ class MessagesFormatter(ChatFormatter):
 
     def whole(self, choices: Sequence[ChoiceData], usage: Usage) -> Json:
         (choice,) = choices
-        blocks: list[Json] = []
-        if choice.reasoning:
-            blocks.append({"type": "thinking", "thinking": choice.reasoning, "signature": ""})
-        if choice.content:
-            blocks.append({"type": "text", "text": choice.content})
-        for call in choice.tool_calls:
-            body = {"id": call.call_id, "name": call.name, "input": _input(call.arguments)}
-            blocks.append({"type": "tool_use", **body})
+        blocks = [_block(part) for part in choice.blocks]
         return {
             **self.message,
             "content": blocks,
@@ -90,6 +107,8 @@ class MessagesFormatter(ChatFormatter):
 
 class MessagesWriter(EventWriter):
     """Streamed answers."""
+
+    names = NAMES
 
     def __init__(self, formatter: MessagesFormatter) -> None:
         super().__init__()
@@ -127,7 +146,7 @@ class MessagesWriter(EventWriter):
                 body = {"type": "input_json_delta", "partial_json": text}
         return {"type": "content_block_delta", "index": self.blocks, "delta": body}
 
-    def closed(self) -> list[Json]:
+    def closed(self, *, is_cut: bool) -> list[Json]:
         return [{"type": "content_block_stop", "index": self.blocks}]
 
     def last(self, reason: str, stop_reason: int | str | None, usage: Usage) -> list[Json]:

@@ -10,11 +10,12 @@ from aiohttp import HttpVersion10, web
 from pagewire_protocol.agreed import LAUNCHER_AGENT
 
 from ..requests.errors import RequestError
+from . import anthropic, responses_api
 from .anthropic import CountRequest, MessagesRequest
 from .anthropic_answers import PREFIX as ANTHROPIC
 from .anthropic_answers import error_body
 from .auth import NO_TENANT
-from .errors import JSON, ApiError, as_api_error
+from .errors import JSON, ApiError, as_api_error, renamed
 from .generate import STREAMING, TENANT, chat_completions, completions, messages, responses
 from .openai import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from .openapi import ROUTES, Route, openapi
@@ -49,6 +50,7 @@ from .tokens import (
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 log = logging.getLogger("pagewire.frontend")
+RESPONSES: Final = "/v1/responses"
 _UNAUTHORIZED: Final = b'{"error": "Unauthorized"}'
 
 
@@ -70,7 +72,7 @@ _API: Final = (
         "POST", "/v1/chat/completions", chat_completions, "An answer in a conversation", ChatRequest
     ),
     Route("POST", "/v1/completions", completions, "Text after a prompt", CompletionRequest),
-    Route("POST", "/v1/responses", responses, "OpenAI's Responses API", ResponsesRequest),
+    Route("POST", RESPONSES, responses, "OpenAI's Responses API", ResponsesRequest),
     Route("POST", "/v1/messages", messages, "Anthropic's Messages API", MessagesRequest),
     Route(
         "POST",
@@ -233,6 +235,10 @@ async def _finish_headers(request: web.Request, response: web.StreamResponse) ->
 
 def _error(request: web.Request, error: ApiError) -> web.Response:
     is_anthropic = request.path.startswith(ANTHROPIC)
+    if is_anthropic:
+        error = renamed(error, anthropic.NAMES)
+    elif request.path == RESPONSES:
+        error = renamed(error, responses_api.NAMES)
     body = encode(error_body(error)) if is_anthropic else error.body()
     return web.Response(body=body, status=error.status, headers=error.headers(), content_type=JSON)
 

@@ -35,7 +35,8 @@ def plan_of(request: ChatRequest, model: ModelFacts, ignored: Ignored) -> Plan:
 
 def settled(messages: list[MessageIn]) -> list[MessageIn]:
     """System messages at the beginning become one; later ones speak as the user does, since many
-    templates refuse a system message there. Messages of the user that follow each other are one."""
+    templates refuse a system message there. Messages of the user that follow each other are one, and
+    so are those of the assistant: results come right behind the message with their calls."""
     result: list[MessageIn] = []
     for message in messages:
         role = message.role
@@ -45,7 +46,7 @@ def settled(messages: list[MessageIn]) -> list[MessageIn]:
         last = result[-1] if result else None
         if last is not None and role == last.role and role in ("system", "user"):
             last.content = f"{_text(last)}{JOINT}{_text(message)}"
-        elif last is not None and role == last.role == "assistant" and not last.tool_calls:
+        elif last is not None and role == last.role == "assistant":
             _extend(last, message)
         else:
             result.append(replace(message, role=role))
@@ -56,7 +57,7 @@ def _extend(last: MessageIn, message: MessageIn) -> None:
     """One answer that came in several items."""
     texts = [text for text in (_text(last), _text(message)) if text]
     last.content = JOINT.join(texts) or None
-    last.tool_calls = message.tool_calls
+    last.tool_calls = [*(last.tool_calls or ()), *(message.tool_calls or ())] or None
     reasonings = [text for text in (last.reasoning, message.reasoning) if text]
     last.reasoning = JOINT.join(reasonings) or None
 

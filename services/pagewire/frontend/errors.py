@@ -4,6 +4,8 @@ A body carries the same four fields flat and nested under "error", since clients
 exist.
 """
 
+import re
+from collections.abc import Mapping
 from typing import Any, Final
 
 import msgspec
@@ -85,6 +87,25 @@ def as_api_error(error: ApiError | RequestError) -> ApiError:
         type=error.type or ("request_failed" if error.kind is ErrorKind.FAILED else None),
         retry_after_s=error.retry_after_s,
     )
+
+
+def renamed(error: ApiError, names: Mapping[str, str]) -> ApiError:
+    """The same error for clients of an API that calls parameters by other names than chats do: by
+    the name of a chat, that of the API. Its own parameters are in no chat by these names."""
+    message = error.message
+    for name, own in names.items():
+        message = re.sub(rf"`{re.escape(name)}\b", f"`{own}", message)
+    message = re.sub(r"`tools\[(\d+)\]\.function\b", r"`tools[\1]", message)
+    result = ApiError(
+        error.status,
+        message,
+        param=names.get(error.param or "", error.param),
+        type=error.type,
+        retry_after_s=error.retry_after_s,
+        extra=error.extra,
+    )
+    result.headers = error.headers
+    return result
 
 
 def unknown_model(name: str, served: tuple[str, ...]) -> ApiError:

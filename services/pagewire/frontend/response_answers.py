@@ -8,8 +8,8 @@ import msgspec
 from ..requests.answers import ContentDelta, Delta, ReasoningDelta, ToolCallDelta
 from .errors import ApiError
 from .rendering import Rendering
-from .responses import ChatFormatter, ChoiceData, Usage
-from .responses_api import sealed
+from .responses import ChatFormatter, ChoiceData, Usage, text_of
+from .responses_api import NAMES, sealed
 from .typed_events import EventWriter, Json
 
 _DEFAULTS: Final[Json] = {
@@ -31,10 +31,10 @@ _DEFAULTS: Final[Json] = {
 
 
 def usage_body(usage: Usage) -> Json:
-    """OpenAI's names of this API."""
+    """OpenAI's names of this API; `cache_write_tokens` are those that are paid for, which none are."""
     return {
         "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": usage.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens or 0},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
@@ -117,16 +117,26 @@ class ResponsesFormatter(ChatFormatter):
         }
         return {**item, "namespace": namespace} if namespace else item
 
+    def item(self, number: int, part: Delta, text: str, status: str) -> Json:
+        """The item of a part of the answer, of which `text` is known."""
+        match part:
+            case ContentDelta():
+                return self.message(number, text, status)
+            case ReasoningDelta():
+                return self.reasoning(number, text, status)
+            case ToolCallDelta():
+                call = msgspec.structs.replace(part, arguments=text)
+                return self.call(number, call, status)
+
     def whole(self, choices: Sequence[ChoiceData], usage: Usage) -> Json:
         (choice,) = choices
         status = status_of(choice.reason or "stop")
-        output: list[Json] = []
-        if choice.reasoning:
-            output.append(self.reasoning(0, choice.reasoning, "completed"))
-        if choice.content or not choice.tool_calls:
-            output.append(self.message(len(output), choice.content, status))
-        for call in choice.tool_calls:
-            output.append(self.call(len(output), call, status))
+        parts = choice.blocks or [ContentDelta("")]
+        last = len(parts) - 1
+        output = [
+            self.item(number, part, text_of(part), status if number == last else "completed")
+            for number, part in enumerate(parts)
+        ]
         return self.response(status, output, usage)
 
 
@@ -142,6 +152,8 @@ def text_part(text: str) -> Json:
 
 class ResponsesWriter(EventWriter):
     """Streamed answers."""
+
+    names = NAMES
 
     def __init__(self, formatter: ResponsesFormatter) -> None:
         super().__init__()
@@ -171,14 +183,7 @@ class ResponsesWriter(EventWriter):
         ]
 
     def _item(self, text: str, status: str) -> Json:
-        match self._kind:
-            case ContentDelta():
-                return self._formatter.message(self.blocks, text, status)
-            case ReasoningDelta():
-                return self._formatter.reasoning(self.blocks, text, status)
-            case ToolCallDelta():
-                call = msgspec.structs.replace(self._kind, arguments=text)
-                return self._formatter.call(self.blocks, call, status)
+        return self._formatter.item(self.blocks, self._kind, text, status)
 
     def _part(self, text: str) -> Json | None:
         match self._kind:
@@ -203,7 +208,7 @@ class ResponsesWriter(EventWriter):
         return events
 
     def grown(self, delta: Delta) -> Json | None:
-        text = delta.arguments if isinstance(delta, ToolCallDelta) else delta.text
+        text = text_of(delta)
         if not text:
             return None
         self._texts.append(text)
@@ -219,10 +224,8 @@ class ResponsesWriter(EventWriter):
                 name = "response.function_call_arguments.delta"
                 return self._event(name, **place, delta=text)
 
-    def closed(self) -> list[Json]:
-        return self._closed("completed")
-
-    def _closed(self, status: str) -> list[Json]:
+    def closed(self, *, is_cut: bool) -> list[Json]:
+        status = "incomplete" if is_cut else "completed"
         text = "".join(self._texts)
         item = self._item(text, status)
         place = self._place(item)
@@ -247,8 +250,13 @@ class ResponsesWriter(EventWriter):
 
     def last(self, reason: str, stop_reason: int | str | None, usage: Usage) -> list[Json]:
         status = status_of(reason)
+        events: list[Json] = []
+        if not self._output:
+            # An answer has an item in any case: clients look for one.
+            events += self.deltas([ContentDelta("")])
+            events += self.close(is_cut=status == "incomplete")
         response = self._formatter.response(status, self._output, usage)
-        return [self._event(f"response.{status}", response=response)]
+        return [*events, self._event(f"response.{status}", response=response)]
 
     def failed(self, error: ApiError) -> list[Json]:
         codes = {429: "rate_limit_exceeded", 400: "invalid_prompt"}

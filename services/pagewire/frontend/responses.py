@@ -68,6 +68,8 @@ class ChoiceData(Struct):
     """Characters of the answer before the generated text."""
     score: PromptScore | None = None
     """Log-probabilities of the prompt, where the client asked for them."""
+    blocks: list[Delta] = []
+    """The parts of all of an answer in the order in which they came, for the APIs that show it."""
 
     def set_end(
         self, reason: str, stop_reason: int | str | None, *, called_tools: bool = False
@@ -79,26 +81,19 @@ class ChoiceData(Struct):
 
     def add_all(self, outputs: Iterable[Output]) -> None:
         """Append all of an answer."""
-        content: list[str] = []
-        reasoning: list[str] = []
-        arguments: dict[int, list[str]] = {}
+        texts: list[list[str]] = []
         for output in outputs:
             for delta in (ContentDelta(output),) if isinstance(output, str) else output:
-                match delta:
-                    case ContentDelta(text):
-                        content.append(text)
-                    case ReasoningDelta(text):
-                        reasoning.append(text)
-                    case ToolCallDelta(index, name=""):
-                        arguments[index].append(delta.arguments)
-                    case ToolCallDelta(index):
-                        self.tool_calls.append(delta)
-                        arguments[index] = []
-        self.content += "".join(content)
-        self.reasoning += "".join(reasoning)
-        self.tool_calls = [
-            replace(call, arguments="".join(arguments[call.index])) for call in self.tool_calls
+                if not self.blocks or block_of(self.blocks[-1]) != block_of(delta):
+                    self.blocks.append(delta)
+                    texts.append([])
+                texts[-1].append(text_of(delta))
+        self.blocks = [
+            _with_text(block, "".join(pieces))
+            for block, pieces in zip(self.blocks, texts, strict=True)
         ]
+        for block in self.blocks:
+            self.add(block)
 
     def add(self, delta: Delta) -> None:
         """Append one part."""
@@ -117,6 +112,22 @@ class ChoiceData(Struct):
                 self.tool_calls[position] = replace(call, arguments=arguments)
                 return
         self.tool_calls.append(delta)
+
+
+def block_of(delta: Delta) -> tuple[type[Delta], int]:
+    """Deltas that follow each other and have the same one are one part of the answer."""
+    return type(delta), delta.index if isinstance(delta, ToolCallDelta) else 0
+
+
+def text_of(delta: Delta) -> str:
+    """What it adds to its part."""
+    return delta.arguments if isinstance(delta, ToolCallDelta) else delta.text
+
+
+def _with_text(delta: Delta, text: str) -> Delta:
+    if isinstance(delta, ToolCallDelta):
+        return replace(delta, arguments=text)
+    return replace(delta, text=text)
 
 
 class ResponseFormatter(ABC):

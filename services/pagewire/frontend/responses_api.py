@@ -27,6 +27,7 @@ from .openai import (
     ToolIn,
 )
 from .params import Plan
+from .tools import check_name
 
 _NULL: Final[Any] = field(default_factory=lambda: Raw(b"null"))
 SEALED: Final = "pagewire:"
@@ -37,6 +38,20 @@ ECHOED: Final = (
     "temperature", "text", "tool_choice", "tools", "top_p", "truncation", "user",
 )  # fmt: skip
 """Fields of the request that its answer repeats."""
+
+
+NAMES: Final = {
+    "json_schema.schema": "text.format.schema",
+    "max_completion_tokens": "max_output_tokens",
+    "messages": "input",
+    "reasoning_effort": "reasoning.effort",
+    "response_format": "text.format",
+}
+"""What the parameters of chats are called here, for errors."""
+ITEMS: Final = ("message", "reasoning", "function_call", "function_call_output", "item_reference")
+"""Types of items that are read; others are ignored, whatever they hold."""
+TOOLS: Final = ("function", "namespace")
+"""The same of tools."""
 
 
 class ItemPart(Struct):
@@ -73,11 +88,21 @@ class ResponsesTool(Struct):
     tools: "list[ResponsesTool] | None" = None
 
 
-class ResponsesChoice(Struct):
-    """A choice of one function."""
+class AllowedTool(Struct):
+    """One of the tools that may be called."""
 
     type: str
     name: str | None = None
+    namespace: str | None = None
+
+
+class ResponsesChoice(Struct):
+    """A choice of one function; or `allowed_tools`, with a `mode` (`auto` or `required`)."""
+
+    type: str
+    name: str | None = None
+    mode: str | None = None
+    tools: list[AllowedTool] | None = None
 
 
 class ReasoningOptions(Struct):
@@ -120,6 +145,7 @@ class ResponsesRequest(Struct, kw_only=True):
     text: TextSettings | None = None
     previous_response_id: str | None = None
     conversation: Raw = _NULL
+    prompt: Raw = _NULL
     background: bool | None = None
     store: bool | None = None
     include: list[str] | None = None
@@ -139,12 +165,17 @@ def plan_responses(
 ) -> Plan:
     """Raises RequestError naming the field that is at fault."""
     _check_memory(request)
+    _note_ineffective(request, ignored)
     names = _Names()
     tools = _tools(request.tools, names, ignored)
     messages = _messages(request, names, ignored)
     chat = ChatRequest(messages=messages)
+    choice = request.tool_choice
+    if isinstance(choice, ResponsesChoice) and choice.type == "allowed_tools":
+        tools = _allowed(choice, tools, names, ignored)
+        choice = choice.mode or "auto"
     chat.tools = tools or None
-    chat.tool_choice = _choice(request.tool_choice, chat.tools, names)
+    chat.tool_choice = _choice(choice, chat.tools, names)
     chat.parallel_tool_calls = request.parallel_tool_calls
     chat.stream = request.stream
     chat.temperature = request.temperature  # type: ignore[reportAttributeAccessIssue]
@@ -172,10 +203,29 @@ def _check_memory(request: ResponsesRequest) -> None:
             "`conversation` is not supported: this server keeps none. Send it all in `input`.",
             "conversation",
         )
+    if bytes(request.prompt) != b"null":
+        raise invalid(
+            "`prompt` is not supported: this server keeps no templates. Send its text in "
+            "`instructions` or `input`.",
+            "prompt",
+        )
     if request.background:
         raise invalid(
             "`background` is not supported: this server keeps no responses.", "background"
         )
+
+
+def _note_ineffective(request: ResponsesRequest, ignored: Ignored) -> None:
+    """Values of known fields that ask for what is not done."""
+    for name in request.include or ():
+        if name != "reasoning.encrypted_content":
+            ignored.add(f"include {name}")
+    if request.truncation == "auto":
+        ignored.add("truncation auto")
+    if request.text is not None and request.text.verbosity not in (None, "medium"):
+        ignored.add("text.verbosity")
+    if request.service_tier not in (None, "auto", "default"):
+        ignored.add("service_tier")
 
 
 def _echoed(body: bytes) -> bytes:
@@ -223,6 +273,25 @@ def _tools(
     return kept
 
 
+def _allowed(
+    choice: ResponsesChoice, tools: list[ToolIn], names: _Names, ignored: Ignored
+) -> list[ToolIn]:
+    """Those of the tools that may be called. The others are not shown to the model: it is not held
+    to some of what it sees."""
+    allowed: set[str] = set()
+    for tool in choice.tools or ():
+        if tool.type == "function":
+            allowed.add(names.shown(tool.namespace, tool.name or ""))
+        else:
+            ignored.add(f"tool {tool.type}")
+    unknown = sorted(allowed - {tool.function.name for tool in tools})
+    if unknown:
+        raise invalid(
+            f"`tool_choice` allows {unknown[0][:64]!r}, which is none of `tools`.", "tool_choice"
+        )
+    return [tool for tool in tools if tool.function.name in allowed]
+
+
 def _choice(
     choice: str | ResponsesChoice | None, tools: list[ToolIn] | None, names: _Names
 ) -> str | NamedTool | None:
@@ -252,7 +321,8 @@ def _messages(request: ResponsesRequest, names: _Names, ignored: Ignored) -> lis
 def _add(
     messages: list[MessageIn], index: int, item: Item, names: _Names, ignored: Ignored
 ) -> None:
-    match item.type or "message":
+    is_reference = item.role is None and item.content is None
+    match item.type or ("item_reference" if is_reference else "message"):
         case "message":
             text = _text(index, item.content)
             messages.append(MessageIn(item.role or "user", text))
@@ -262,6 +332,7 @@ def _add(
                 messages.append(assistant(reasoning=text))
         case "function_call":
             name = names.shown(item.namespace, item.name or "")
+            check_name(name, f"input[{index}].name", "input")
             call = call_of(item.call_id or "", name, item.arguments or "")
             last = messages[-1] if messages else None
             if last is None or last.role != "assistant":

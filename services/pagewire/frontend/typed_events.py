@@ -3,17 +3,17 @@ reasoning, calls) that are opened, filled and closed one after the other. Knows 
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 from pagewire_protocol.structs import TokenLogprobs
 
 from ..requests.answers import ContentDelta, Delta, Output, ToolCallDelta
 from ..requests.request import OwnedRequest
-from .errors import ApiError, as_api_error
+from .errors import ApiError, as_api_error, renamed
 from .events import SseReply
 from .reply import Choice, Echo, Reply
-from .responses import ResponseFormatter, Usage
+from .responses import ResponseFormatter, Usage, block_of
 from .sse import Flusher, encode
 
 Json = dict[str, Any]
@@ -26,6 +26,9 @@ def named_event(body: Json) -> bytes:
 
 class EventWriter(ABC):
     """The events of one answer. A block is open until one of another kind begins."""
+
+    names: ClassVar[Mapping[str, str]]
+    """What the parameters of chats are called here, for errors."""
 
     def __init__(self) -> None:
         self.blocks = -1
@@ -45,8 +48,8 @@ class EventWriter(ABC):
         """More of the open block."""
 
     @abstractmethod
-    def closed(self) -> list[Json]:
-        """The open block ends."""
+    def closed(self, *, is_cut: bool) -> list[Json]:
+        """The open block ends; `is_cut`: by the length of the answer."""
 
     @abstractmethod
     def last(self, reason: str, stop_reason: int | str | None, usage: Usage) -> list[Json]:
@@ -60,7 +63,7 @@ class EventWriter(ABC):
         """The events of parts of the answer."""
         events: list[Json] = []
         for delta in deltas:
-            block = (type(delta), delta.index if isinstance(delta, ToolCallDelta) else 0)
+            block = block_of(delta)
             if block != self._open:
                 events += self.close()
                 self._open = block
@@ -71,12 +74,12 @@ class EventWriter(ABC):
                 events.append(event)
         return events
 
-    def close(self) -> list[Json]:
-        """End the open block, if there is one."""
+    def close(self, *, is_cut: bool = False) -> list[Json]:
+        """End the open block, if there is one; `is_cut`: by the length of the answer."""
         if self._open is None:
             return []
         self._open = None
-        return self.closed()
+        return self.closed(is_cut=is_cut)
 
 
 class TypedSseReply(SseReply):
@@ -110,7 +113,8 @@ class TypedSseReply(SseReply):
         if self.done.done():
             return
         if self.error is not None and self.opened.done():
-            self.push(self.writer.failed(as_api_error(self.error)))
+            error = renamed(as_api_error(self.error), self.writer.names)
+            self.push(self.writer.failed(error))
         for choice in self.choices:
             if isinstance(choice, TypedChoice):
                 choice.is_muted = True
@@ -155,7 +159,7 @@ class TypedChoice(Choice):
         self.usage.reasoning_tokens = reasoning_tokens
         self.reply.open()
         writer = self.reply.writer
-        closing = writer.close()
+        closing = writer.close(is_cut=self.reason == "length")
         ending = writer.last(self.reason, stop_reason, self.reply.usage())
         self.reply.push([*closing, *ending])
         self.reply.choice_finished()

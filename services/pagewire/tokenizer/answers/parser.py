@@ -13,7 +13,14 @@ from typing import Final
 from pagewire_protocol.structs import PartKind
 
 from .bodies import BodyParser, NotACall, body_parser
-from .format import AnswerFormat, HarmonyCalls, JsonCalls, PythonCalls, Reasoning
+from .format import (
+    AnswerFormat,
+    HarmonyCalls,
+    JsonCalls,
+    PythonCalls,
+    Reasoning,
+    markers_of,
+)
 from .harmony import read_messages
 from .tools import Tools
 from .waiting import SPACE, Ended, Reader, Wait, markers
@@ -54,6 +61,10 @@ class AnswerParser:
         """Whitespace of the content that is shown if more content follows."""
         self._skips_space = False
         """The whitespace at the beginning of the content is not shown."""
+        self._follows_call = False
+        """There was no content since the last call."""
+        self._rest = ""
+        """What would be content behind a call, at the end of the text."""
         self._body = body_parser(calls.calls, self) if calls else None
         self._hidden = markers(*self._content_markers())
         self._held = ""
@@ -73,6 +84,9 @@ class AnswerParser:
         self.reader.has_ended = True
         for _ in self._steps:
             pass
+        if self._follows_call and self._is_cut_marker(self._held + self._rest):
+            self._rest = self._held = ""
+        self._show_rest()
         if self._held:
             self.emit(PartKind.CONTENT, self._space + self._held)
         elif self._space and not self.calls:
@@ -100,6 +114,8 @@ class AnswerParser:
 
     def begin_call(self, name: str, call_id: str = "") -> None:
         """A call of the function `name`; its arguments follow."""
+        self._show_rest()
+        self._follows_call = True
         self._space = ""
         index = self.calls
         self.calls += 1
@@ -113,6 +129,9 @@ class AnswerParser:
     def content(self, text: str) -> None:
         """More content. Whitespace at its end waits: it is shown if more content follows, and not
         before a call."""
+        if self.reader.has_ended and self._follows_call:
+            self._rest += text
+            return
         text = self._unmarked(text)
         if self._skips_space:
             text = text.lstrip(_LINES)
@@ -124,6 +143,24 @@ class AnswerParser:
         kept = max(kept, len(text) - _MOST_SPACE)
         self._space = text[kept:]
         self.emit(PartKind.CONTENT, text[:kept])
+        if kept:
+            self._follows_call = False
+
+    def _show_rest(self) -> None:
+        """At the end of the text what was kept for it is content after all."""
+        rest = self._rest
+        self._rest = ""
+        self._follows_call = False
+        if rest:
+            self.content(rest)
+
+    def _is_cut_marker(self, text: str) -> bool:
+        """Whether all of a text behind a call is the beginning of a marker: the answer was cut off
+        there, and nobody said that."""
+        text = text.strip(SPACE)
+        if self._format is None or not text:
+            return False
+        return markers(*markers_of(self._format, self._reasoning)).held(text) == len(text)
 
     def _unmarked(self, text: str) -> str:
         """The text without markers, also those that come about where something between was left
