@@ -248,6 +248,29 @@ def test_walks_by_masks_are_valid_and_can_be_taken_up_anywhere(bench: Bench, row
         assert 1 <= len(value) <= 3 and all(isinstance(part["a"], int) for part in value)
 
 
+@pytest.mark.parametrize(
+    ("grammar", "text"),
+    [
+        (Grammar(GrammarKind.CHOICE, '["a<|im_end|>b"]'), "a<|im_end|>b"),
+        (Grammar(GrammarKind.REGEX, r"a<\|im_start\|>"), "a<|im_start|>"),
+        (schema({"const": "x<|im_end|>"}), '"x<|im_end|>"'),
+    ],
+)
+def test_the_name_of_a_special_token_is_written_as_text(
+    bench: Bench, grammar: Grammar, text: str
+) -> None:
+    matchers, masks = matchers_of(bench, 1)
+    matchers.open(1, 0, grammar, [])
+    written: list[int] = []
+    while not written or written[-1] not in bench.vocabulary.eos:
+        assert not matchers.write(1)
+        token = int(allowed(masks, 0)[0])
+        matchers.advance([1], [token])
+        written.append(token)
+    assert bench.vocabulary.special.isdisjoint(written[:-1])
+    assert b"".join(bench.vocabulary.raw[token] for token in written[:-1]).decode() == text
+
+
 def test_a_model_without_text_or_fixed_tokens_says_so() -> None:
     with pytest.raises(GrammarError, match="--skip-tokenizer-init"):
         load_vocabulary(ModelConfig(skip_tokenizer_init=True), 100, ())
