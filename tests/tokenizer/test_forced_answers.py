@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from llguidance import LLMatcher, LLTokenizer
+from msgspec.structs import replace
 from pagewire.grammar.sources import source_of
 from pagewire.tokenizer.answers.forced import ForcedAnswers
 from pagewire.tokenizer.answers.format import markers_of
@@ -40,6 +41,10 @@ class Vocabulary:
         matcher = LLMatcher(self.matching, source_of(grammar, self.special))
         assert not matcher.is_error(), f"{matcher.get_error()}\n{grammar.source}"
         return matcher
+
+    def refusal(self, grammar: Grammar) -> str:
+        """Why it is none; empty where it is one."""
+        return LLMatcher(self.matching, source_of(grammar, self.special)).get_error()
 
     def takes(self, grammar: Grammar, text: str) -> bool:
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -97,6 +102,34 @@ def test_json_or_calls(bpe: Tokenizer) -> None:
     assert grammar is not None
     assert vocabulary.takes(grammar, '{"a": 1}') and not vocabulary.takes(grammar, '{"b": 1}')
     assert vocabulary.takes(grammar, '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>')
+
+
+FREE_NUMBER = {"oneOf": [{"type": "integer"}, {"type": "number"}]}
+
+
+def test_json_beside_tools_or_a_budget_is_held_as_it_is_alone(bpe: Tokenizer) -> None:
+    """Its whitespace, its closed objects, formats that are annotations, what is not held."""
+    vocabulary = Vocabulary(bpe, "hermes")
+    schema = json.dumps({"properties": {"a": {"type": "string", "format": "of-their-own"}}})
+    wanted = Grammar(GrammarKind.JSON_SCHEMA, schema, whitespace="", additional_properties=False)
+    overlapping = Grammar(GrammarKind.JSON_SCHEMA, json.dumps(FREE_NUMBER))
+    beside_tools = AnswerOptions(ToolChoice.AUTO)
+    budget = AnswerOptions(thinking_budget=0)
+    for options, before in ((beside_tools, ""), (budget, "</think>")):
+        opens = bool(before)
+        grammar = vocabulary.forced.grammar(options, Tools(TOOLS), wanted, opens)
+        assert grammar is not None
+        assert vocabulary.takes(grammar, before + '{"a":"x"}')
+        assert not vocabulary.takes(grammar, before + '{"a": "x"}')
+        assert not vocabulary.takes(grammar, before + '{"b":1}')
+        grammar = vocabulary.forced.grammar(options, Tools(TOOLS), overlapping, opens)
+        assert grammar is not None and "oneOf" in vocabulary.refusal(grammar)
+        lenient = replace(overlapping, lenient=True)
+        grammar = vocabulary.forced.grammar(options, Tools(TOOLS), lenient, opens)
+        assert grammar is not None and vocabulary.takes(grammar, before + "1.5")
+    nothing = Grammar(GrammarKind.JSON_SCHEMA, "false")
+    grammar = vocabulary.forced.grammar(budget, Tools([]), nothing, opens_reasoning=True)
+    assert grammar is not None and vocabulary.refusal(grammar)
 
 
 def test_what_is_forced_begins_behind_the_reasoning(bpe: Tokenizer) -> None:

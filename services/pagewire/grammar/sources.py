@@ -6,19 +6,17 @@ or the expression itself shows when it is compiled.
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from llguidance import LLMatcher, regex_to_lark
 from llguidance.gbnf_to_lark import gbnf_to_lark
-from pagewire_protocol.grammar import SCHEMA_FORMATS, Grammar, GrammarKind
+from pagewire_protocol.grammar import Grammar, GrammarKind
 
 from .errors import GrammarError
+from .schemas import json_options, json_term, prepared
 from .structural_tags import lark_of_tags
 
-Schema = dict[str, Any]
-OBJECT_KEYWORDS: Final = ("properties", "patternProperties", "required", "minProperties")
-"""A schema that has one of them speaks of objects, whether it says `type` or not."""
 _LARK_TERMS: Final = re.compile(
     r'"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\\n])+/|(?P<name><(?!\[)[^\s<>"]+>)'
 )
@@ -53,52 +51,6 @@ def _of_schema(schema: Any, grammar: Grammar) -> str:
         )
     except ValueError as error:
         raise GrammarError(f"the JSON schema cannot be read: {error}") from None
-
-
-def json_options(grammar: Grammar) -> Any:
-    """What llguidance is told of every schema of `grammar`: all of it, since a schema could say
-    otherwise in an `x-guidance` of its own."""
-    return {
-        "item_separator": ",",
-        "key_separator": ":",
-        "whitespace_flexible": bool(grammar.whitespace),
-        "whitespace_pattern": grammar.whitespace or None,
-        "coerce_one_of": grammar.lenient,
-        "lenient": grammar.lenient,
-    }
-
-
-def prepared(schema: Schema, grammar: Grammar) -> Schema:
-    """The schema without settings for llguidance, without formats that JSON Schema does not define,
-    which are annotations to it, and closed where `grammar` wants that. A copy."""
-    schema = json.loads(json.dumps(schema))
-    schema.pop("x-guidance", None)
-    for part in _parts(schema):
-        form = part.get("format")
-        if isinstance(form, str) and form not in SCHEMA_FORMATS:
-            del part["format"]
-        if grammar.additional_properties:
-            continue
-        speaks_of_objects = part.get("type") == "object" or any(k in part for k in OBJECT_KEYWORDS)
-        if speaks_of_objects:
-            part.setdefault("additionalProperties", False)
-    return schema
-
-
-def _parts(schema: Schema) -> Iterator[Schema]:
-    """The schema and all schemas in it; values of `const` and `enum` are none."""
-    pending: list[Any] = [schema]
-    while pending:
-        part = pending.pop()
-        if isinstance(part, list):
-            pending += part
-        elif isinstance(part, dict):
-            yield part
-            for name, value in part.items():
-                if name in ("properties", "patternProperties", "$defs", "definitions"):
-                    pending += list(value.values()) if isinstance(value, dict) else []
-                elif name not in ("const", "enum", "default", "examples"):
-                    pending.append(value)
 
 
 def _regex(grammar: Grammar) -> str:
@@ -147,8 +99,7 @@ def _structural_tag(grammar: Grammar, special: Mapping[str, int]) -> str:
             schema = {}
         if not isinstance(schema, dict):
             raise GrammarError("the schema of a structural tag must be an object")
-        whole = {**prepared(schema, grammar), "x-guidance": json_options(grammar)}
-        return "%json " + json.dumps(whole)
+        return json_term(schema, grammar)
 
     return LLMatcher.grammar_from_lark(
         lark_of_tags(_parsed(grammar.source), schema_rule, lambda text: pieces(text, special))
