@@ -132,6 +132,54 @@ def test_json_beside_tools_or_a_budget_is_held_as_it_is_alone(bpe: Tokenizer) ->
     assert grammar is not None and vocabulary.refusal(grammar)
 
 
+def function(parameters: Any, **more: Any) -> Tools:
+    return Tools([{"function": {"name": "f", "parameters": parameters, **more}}])
+
+
+def test_a_strict_tool_has_no_keyword_that_is_not_held(bpe: Tokenizer) -> None:
+    vocabulary = Vocabulary(bpe, "hermes")
+    schema = {"type": "object", "properties": {"a": FREE_NUMBER}, "required": ["a"]}
+    grammar = vocabulary.forced.grammar(REQUIRED, function(schema, strict=True), None, False)
+    assert grammar is not None and "oneOf" in vocabulary.refusal(grammar)
+    grammar = vocabulary.forced.grammar(REQUIRED, function(schema), None, False)
+    assert grammar is not None and not vocabulary.refusal(grammar)
+
+
+ARGUMENTS_OF_ODD_SCHEMAS: list[tuple[Any, str]] = [
+    ({"type": "object", "properties": {"a": {}}, "required": None, "$defs": None}, '{"a": 1}'),
+    ({"type": "object", "properties": None, "required": None}, '{"a": 1}'),
+    ({"type": "object", "properties": {"a": {"type": "integer", "enum": None}}}, '{"a": 1}'),
+    ({"type": "object", "properties": {"a": {"const": None}}, "required": ["a"]}, '{"a": null}'),
+    ({"type": "object", "properties": {}, "required": ["b"]}, '{"b": 1}'),
+    ({"properties": {"a": {"type": "integer"}}, "required": ["a", "b"]}, '{"a": 1, "b": [2]}'),
+]
+
+
+@pytest.mark.parametrize(("schema", "arguments"), ARGUMENTS_OF_ODD_SCHEMAS)
+def test_tools_whose_schemas_programs_write_badly_can_be_called(
+    bpe: Tokenizer, schema: Any, arguments: str
+) -> None:
+    """`null` for a keyword without a value, as Go's lists; required names without a schema."""
+    vocabulary = Vocabulary(bpe, "hermes")
+    grammar = vocabulary.forced.grammar(REQUIRED, function(schema), None, False)
+    assert grammar is not None
+    call = f'{{"name": "f", "arguments": {arguments}}}'
+    assert vocabulary.takes(grammar, f"<tool_call>\n{call}\n</tool_call>")
+
+
+def test_parameters_behind_a_reference_are_written(bpe: Tokenizer) -> None:
+    """In formats that write one parameter after the other, which must know their names."""
+    vocabulary = Vocabulary(bpe, "qwen3_coder")
+    of_city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    tools = function({"$ref": "#/$defs/City", "$defs": {"City": of_city}})
+    grammar = vocabulary.forced.grammar(REQUIRED, tools, None, False)
+    assert grammar is not None
+    begin, end = "<tool_call>\n<function=f>\n", "</function>\n</tool_call>"
+    parameter = "<parameter=city>\nRome\n</parameter>\n"
+    assert vocabulary.takes(grammar, begin + parameter + end)
+    assert not vocabulary.takes(grammar, begin + end)
+
+
 def test_what_is_forced_begins_behind_the_reasoning(bpe: Tokenizer) -> None:
     vocabulary = Vocabulary(bpe, "hermes")
     grammar = vocabulary.forced.grammar(NAMED, Tools(TOOLS), None, opens_reasoning=True)
