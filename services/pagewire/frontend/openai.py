@@ -196,6 +196,7 @@ class Request(Scalars, forbid_unknown_fields=True, kw_only=True):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
     guided_whitespace_pattern: str | None = None
+    structural_tag: Raw = _NULL
     json_schema: Raw = _NULL
     regex: str | None = None
     ebnf: str | None = None
