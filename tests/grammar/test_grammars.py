@@ -19,7 +19,7 @@ from pagewire.hub.huggingface import demo_gguf
 from pagewire.requests.errors import RequestError
 from pagewire.requests.grammars import json_rule, schema_grammar
 from pagewire.tokenizer.load import load
-from pagewire_protocol.grammar import Grammar, GrammarKind
+from pagewire_protocol.grammar import MAX_CHOICES, Grammar, GrammarKind
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 PERSON = {
@@ -97,6 +97,11 @@ MATCHES: list[tuple[Grammar, list[str], list[str]]] = [
     (Grammar(GrammarKind.REGEX, "^abc$"), ["abc"], ["abcd", "ab"]),
     (Grammar(GrammarKind.REGEX, "a\nb"), ["a\nb"], ["ab"]),
     (Grammar(GrammarKind.CHOICE, '["yes","no\\n\\"x"]'), ["yes", 'no\n"x'], ["no", "yess"]),
+    (
+        Grammar(GrammarKind.CHOICE, json.dumps([f"v{number}" for number in range(MAX_CHOICES)])),
+        ["v0", "v40", "v4095"],
+        ["v", "v4096", "v00"],
+    ),
     (Grammar(GrammarKind.GBNF, 'root ::= "a" b*\nb ::= [0-9] | "x"'), ["a", "a1x"], ["b", "ax!"]),
     (Grammar(GrammarKind.LARK, 'start: "a" b\nb: /[0-9]+/'), ["a12"], ["a", "12"]),
     (

@@ -60,10 +60,12 @@ def _regex(grammar: Grammar) -> str:
 
 
 def _choice(grammar: Grammar) -> str:
+    """As one terminal: a rule of more than some 2,000 alternatives is too much for the parser."""
     choices = _parsed(grammar.source)
     if not isinstance(choices, list) or not choices or not all(map(_is_text, choices)):
         raise GrammarError("a choice is a list of one string or more, none of them empty")
-    return LLMatcher.grammar_from_lark("start: " + " | ".join(map(literal, choices)))
+    options = " | ".join(map(literal, choices))
+    return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {options}")
 
 
 def _is_text(value: object) -> bool:
