@@ -97,6 +97,7 @@ MATCHES: list[tuple[Grammar, list[str], list[str]]] = [
     (Grammar(GrammarKind.REGEX, "^abc$"), ["abc"], ["abcd", "ab"]),
     (Grammar(GrammarKind.REGEX, "a\nb"), ["a\nb"], ["ab"]),
     (Grammar(GrammarKind.CHOICE, '["yes","no\\n\\"x"]'), ["yes", 'no\n"x'], ["no", "yess"]),
+    (Grammar(GrammarKind.CHOICE, json.dumps(["a\x7f\0\\"])), ["a\x7f\0\\"], ["a"]),
     (
         Grammar(GrammarKind.CHOICE, json.dumps([f"v{number}" for number in range(MAX_CHOICES)])),
         ["v0", "v40", "v4095"],

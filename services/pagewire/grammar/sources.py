@@ -14,6 +14,7 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 from pagewire_protocol.grammar import Grammar, GrammarKind
 
 from .errors import GrammarError
+from .lark import literal
 from .schemas import json_options, json_term, prepared
 from .structural_tags import lark_of_tags
 
@@ -70,11 +71,6 @@ def _choice(grammar: Grammar) -> str:
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value)
-
-
-def literal(text: str) -> str:
-    """`text` as a string of a Lark grammar."""
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _lark(grammar: Grammar, special: Mapping[str, int]) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 from msgspec.structs import replace
 from pagewire_protocol.grammar import DEFAULT_WHITESPACE, MAX_SCHEMA_DEPTH, SCHEMA_FORMATS
 
+from ...grammar.lark import literal
 from .format import (
     AnswerFormat,
     BraceCalls,
@@ -33,11 +34,6 @@ _GUIDANCE: Final = {
     "whitespace_flexible": True,
     "whitespace_pattern": DEFAULT_WHITESPACE,
 }
-
-
-def literal(text: str) -> str:
-    """`text` as a string of a rule."""
-    return json.dumps(text, ensure_ascii=False)
 
 
 def escaped(text: str) -> str:

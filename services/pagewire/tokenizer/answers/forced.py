@@ -15,8 +15,9 @@ from msgspec.structs import replace
 from pagewire_protocol.grammar import MAX_GRAMMAR_SOURCE, Grammar, GrammarKind
 from pagewire_protocol.sampling import AnswerOptions, ToolChoice
 
+from ...grammar.lark import literal
 from ...grammar.schemas import json_term
-from .call_rules import ANY_TEXT, CallRules, literal
+from .call_rules import ANY_TEXT, CallRules
 from .format import AnswerFormat, HarmonyCalls, Reasoning
 from .free_calls import FreeAnswer
 from .harmony_rules import HarmonyRules
