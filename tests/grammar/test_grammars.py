@@ -141,6 +141,27 @@ MATCHES: list[tuple[Grammar, list[str], list[str]]] = [
         ["x", "a/bb"],
         ["y"],
     ),
+    (tags({"format": {"type": "regex", "pattern": r"\d\/[a-z]"}}), ["1/x"], ["１/x", "1\\/x"]),
+    (
+        tags({"format": {"type": "any_text", "excludes": ["bad", "a/b\n"]}}),
+        ["good\nab", "ba d"],
+        ["is bad.", "x a/b\n"],
+    ),
+    (
+        tags({"format": {"type": "triggered_tags", "triggers": ["<f"], "tags": [TAG], "excludes": ["no"]}}),
+        ['x <f>{"a": 1}</f> and', "x"],
+        ['no <f>{"a": 1}</f>', '<f>{"a": 1}</f> no'],
+    ),
+    (
+        tags({"format": {**TAG, "content": {"type": "any_text", "excludes": ["no"]}, "end": ["</f>", "!"]}}),
+        ["<f>yes!", "<f></f>"],
+        ["<f>no!", "<f>yes"],
+    ),
+    (
+        tags({"format": None, "structures": [{"begin": "<f", "schema": None, "end": None}], "triggers": ["<f"]}),
+        ["x", "x<f{}"],
+        ["x<fx"],
+    ),
     (
         tags({"format": {"type": "sequence", "elements": [
             {"type": "tag", "begin": "<think>", "content": {"type": "any_text"}, "end": "</think>"},
@@ -174,6 +195,10 @@ def test_what_each_form_takes(bench: Bench, grammar: Grammar, right, wrong) -> N
         (tags({}), "structures"),
         (tags({"format": {"type": "strange"}}), "strange"),
         (tags({"structures": [{"begin": "x"}], "triggers": ["y"]}), "start with"),
+        (tags({"format": {"type": "json_schema", "json_schema": {}, "style": "xml"}}), "`style`"),
+        (tags({"format": {"type": "any_text", "excludes": [""]}}), "`excludes`"),
+        (tags({"format": {"type": "regex", "pattern": "a\\"}}), "single backslash"),
+        (Grammar(GrammarKind.REGEX, "a\\"), "single backslash"),
     ],
     ids=lambda value: str(value)[:60],
 )

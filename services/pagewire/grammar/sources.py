@@ -14,7 +14,7 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 from pagewire_protocol.grammar import Grammar, GrammarKind
 
 from .errors import GrammarError
-from .lark import literal
+from .lark import ends_within_escape, literal
 from .schemas import json_options, json_term, prepared
 from .structural_tags import lark_of_tags
 
@@ -55,9 +55,16 @@ def _of_schema(schema: Any, grammar: Grammar) -> str:
 
 
 def _regex(grammar: Grammar) -> str:
-    """`\\d` and `\\w` are ASCII's, as in the patterns of JSON schemas."""
-    pattern = regex_to_lark(grammar.source.replace("\n", "\\n"), "dw")
-    return LLMatcher.grammar_from_lark(f"start: /{pattern}/")
+    return LLMatcher.grammar_from_lark(f"start: {_regex_term(grammar.source)}")
+
+
+def _regex_term(pattern: str) -> str:
+    """The term of a Lark rule for a regular expression. `\\d` and `\\w` are ASCII's, as in the
+    patterns of JSON schemas."""
+    if ends_within_escape(pattern):
+        raise GrammarError(f"the expression {pattern[-40:]!r} ends with a single backslash")
+    expression = regex_to_lark(pattern.replace("\n", "\\n"), "dw")
+    return f"/{expression}/"
 
 
 def _choice(grammar: Grammar) -> str:
@@ -100,7 +107,12 @@ def _structural_tag(grammar: Grammar, special: Mapping[str, int]) -> str:
         return json_term(schema, grammar)
 
     return LLMatcher.grammar_from_lark(
-        lark_of_tags(_parsed(grammar.source), schema_rule, lambda text: pieces(text, special))
+        lark_of_tags(
+            _parsed(grammar.source),
+            schema_rule,
+            _regex_term,
+            lambda text: pieces(text, special),
+        )
     )
 
 

@@ -3,14 +3,13 @@ tools. In llguidance's Lark dialect; knows no requests and no streams.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterable
 from typing import Any, Final, NamedTuple
 
 from msgspec.structs import replace
 from pagewire_protocol.grammar import DEFAULT_WHITESPACE, MAX_SCHEMA_DEPTH, SCHEMA_FORMATS
 
-from ...grammar.lark import literal
+from ...grammar.lark import escaped, literal
 from .format import (
     AnswerFormat,
     BraceCalls,
@@ -34,11 +33,6 @@ _GUIDANCE: Final = {
     "whitespace_flexible": True,
     "whitespace_pattern": DEFAULT_WHITESPACE,
 }
-
-
-def escaped(text: str) -> str:
-    """`text` within a regular expression of a rule."""
-    return re.escape(text).replace("/", r"\/").replace("\\\n", "\\n")
 
 
 def json_term(schema: Any, strict: bool) -> str:
