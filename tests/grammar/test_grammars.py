@@ -74,6 +74,15 @@ OLDER = tags(
         "triggers": ["<f", "<|im_start|>"],
     }
 )
+ALLOWS_EVERYTHING = {
+    "items": {"not": False},
+    "uniqueItems": False,
+    "unevaluatedItems": {},
+    "unevaluatedProperties": True,
+    "propertyNames": True,
+    "dependentRequired": {},
+    "dependentSchemas": {},
+}
 MATCHES: list[tuple[Grammar, list[str], list[str]]] = [
     (
         schema(PERSON),
@@ -87,6 +96,21 @@ MATCHES: list[tuple[Grammar, list[str], list[str]]] = [
     (schema({"type": "string", "format": "of-their-own"}), ['"x"'], ["x"]),
     (schema({"type": "string", "format": "date"}), ['"2024-02-03"'], ['"x"']),
     (schema({"type": "string", "not": {}}, lenient=True), ['"x"'], ["1"]),
+    (
+        schema({"type": "integer", "minimum": -(2**63), "exclusiveMaximum": 2**64}),
+        ["-9223372036854774784", "0", "9223372036854774783"],
+        ["-9223372036854775809", "18446744073709551616"],
+    ),
+    (
+        schema({"type": "number", "exclusiveMinimum": -1.8e308, "maximum": 3.4e38}),
+        ["-1.5", "0", "1234567890123456789"],
+        ["1e309", "x"],
+    ),
+    (
+        schema(ALLOWS_EVERYTHING),
+        ["[1, 1]"],
+        ["[1"],
+    ),
     (
         schema({"type": "object", "x-guidance": {"whitespace_pattern": "x+", "lenient": True}}),
         ['{"a": 1}'],
@@ -183,6 +207,7 @@ def test_what_each_form_takes(bench: Bench, grammar: Grammar, right, wrong) -> N
     ("grammar", "words"),
     [
         (schema({"not": {}, "if": {}}), '"if", "not"'),
+        (schema({"uniqueItems": True, "propertyNames": False}), '"propertyNames", "uniqueItems"'),
         (schema({"$ref": "#"}), "no text matches"),
         (schema({"$ref": "http://a.b/c"}), "never fetched"),
         (schema({"type": "string", "format": "iri"}), "this format is not supported: iri"),

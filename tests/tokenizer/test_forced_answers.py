@@ -143,6 +143,9 @@ def test_a_strict_tool_has_no_keyword_that_is_not_held(bpe: Tokenizer) -> None:
     assert grammar is not None and "oneOf" in vocabulary.refusal(grammar)
     grammar = vocabulary.forced.grammar(REQUIRED, function(schema), None, False)
     assert grammar is not None and not vocabulary.refusal(grammar)
+    schema = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": False}}}
+    grammar = vocabulary.forced.grammar(REQUIRED, function(schema, strict=True), None, False)
+    assert grammar is not None and not vocabulary.refusal(grammar)
 
 
 ARGUMENTS_OF_ODD_SCHEMAS: list[tuple[Any, str]] = [
@@ -151,6 +154,7 @@ ARGUMENTS_OF_ODD_SCHEMAS: list[tuple[Any, str]] = [
     ({"type": "object", "properties": {"a": {"type": "integer", "enum": None}}}, '{"a": 1}'),
     ({"type": "object", "properties": {"a": {"const": None}}, "required": ["a"]}, '{"a": null}'),
     ({"type": "object", "properties": {}, "required": ["b"]}, '{"b": 1}'),
+    ({"type": "object", "properties": {"a": {"type": "integer", "minimum": -(2**63)}}}, '{"a": 1}'),
     ({"properties": {"a": {"type": "integer"}}, "required": ["a", "b"]}, '{"a": 1, "b": [2]}'),
 ]
 

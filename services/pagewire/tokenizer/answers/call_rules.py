@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from pagewire_protocol.grammar import DEFAULT_WHITESPACE, MAX_SCHEMA_DEPTH, SCHEMA_FORMATS
 
 from ...grammar.lark import escaped, literal
+from ...grammar.schemas import allows_everything, bounded
 from .format import (
     AnswerFormat,
     BraceCalls,
@@ -54,7 +55,9 @@ def closed(schema: Any, depth: int = 0) -> Any:
     if not isinstance(schema, dict) or depth >= MAX_SCHEMA_DEPTH:
         return schema
     parts = {
-        key: value if key in ("enum", "const", "default", "examples") else closed(value, depth + 1)
+        key: value
+        if key in ("enum", "const", "default", "examples")
+        else bounded(key, closed(value, depth + 1))
         for key, value in schema.items()
         if _says_something(key, value)
     }
@@ -71,6 +74,8 @@ def _says_something(key: str, value: Any) -> bool:
     keyword that they have no value for."""
     if value is None:
         return key in ("const", "default")
+    if allows_everything(key, value):
+        return False
     return key != "format" or not isinstance(value, str) or value in SCHEMA_FORMATS
 
 
