@@ -55,10 +55,10 @@ def _of_schema(schema: Any, grammar: Grammar) -> str:
 
 
 def _regex(grammar: Grammar) -> str:
-    return LLMatcher.grammar_from_lark(f"start: {_regex_term(grammar.source)}")
+    return LLMatcher.grammar_from_lark(f"start: {regex_term(grammar.source)}")
 
 
-def _regex_term(pattern: str) -> str:
+def regex_term(pattern: str) -> str:
     """The term of a Lark rule for a regular expression. `\\d` and `\\w` are ASCII's, as in the
     patterns of JSON schemas."""
     if ends_within_escape(pattern):
@@ -110,7 +110,7 @@ def _structural_tag(grammar: Grammar, special: Mapping[str, int]) -> str:
         lark_of_tags(
             _parsed(grammar.source),
             schema_rule,
-            _regex_term,
+            regex_term,
             lambda text: pieces(text, special),
         )
     )
