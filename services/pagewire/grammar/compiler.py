@@ -30,6 +30,7 @@ OVERLAPPING: Final = (
     "is read so"
 )
 MAX_KEYWORD: Final = 80
+_COSTLY: Final = ("initial_lexer_fuel", "initial lexer configuration", "Too many items")
 _UNKNOWN_KEYS: Final = re.compile(r"Unimplemented keys: (\[.*\])")
 _NOT_PRINTABLE: Final = re.compile("[^ -~]")
 _REMOTE: Final = re.compile("Resource '(.*?)' is not present in a registry")
@@ -153,7 +154,7 @@ def explained(error: str) -> str:
         return NOTHING_MATCHES
     if "coerce_one_of" in text:
         return OVERLAPPING
-    if "initial_lexer_fuel" in text or "initial lexer configuration" in text:
+    if any(words in text for words in _COSTLY):
         return TOO_COSTLY
     remote = _REMOTE.search(text)
     if remote:

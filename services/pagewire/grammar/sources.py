@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from llguidance import LLMatcher, regex_to_lark
-from llguidance.gbnf_to_lark import gbnf_to_lark
 from pagewire_protocol.grammar import Grammar, GrammarKind
 
 from .errors import GrammarError
+from .gbnf import lark_of_gbnf
 from .lark import ends_within_escape, literal
 from .schemas import json_options, json_term, prepared
 from .structural_tags import lark_of_tags
@@ -92,10 +92,7 @@ def _lark(grammar: Grammar, special: Mapping[str, int]) -> str:
 
 
 def _gbnf(grammar: Grammar) -> str:
-    try:
-        return LLMatcher.grammar_from_lark(gbnf_to_lark(grammar.source))
-    except Exception as error:  # the converter raises whatever it runs into
-        raise GrammarError(f"the grammar cannot be read as GBNF: {error}") from None
+    return LLMatcher.grammar_from_lark(lark_of_gbnf(grammar.source))
 
 
 def _structural_tag(grammar: Grammar, special: Mapping[str, int]) -> str:
