@@ -14,8 +14,7 @@ from msgspec import Meta, Struct
 MAX_GRAMMAR_SOURCE: Final = 131_072
 """Characters of a schema, expression or grammar."""
 MAX_GBNF_SOURCE: Final = 32_768
-"""Characters of a GBNF grammar: what converts one takes a time that grows with its rules times its
-length."""
+"""Characters of a GBNF grammar, of which each may become a lexeme of its own."""
 MAX_GBNF_RULES: Final = 500
 MAX_CHOICES: Final = 4096
 """Strings of a CHOICE."""

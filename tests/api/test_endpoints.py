@@ -307,6 +307,8 @@ def test_bodies_that_are_no_request(server, body: bytes) -> None:
         ("guided_json", {"enum": list(range(20_000))}, ("20000", "4096")),
         ("guided_json", {"title": "x" * 200_000}, ("200012", "131072")),
         ("guided_json", {"properties": {str(i): {} for i in range(1001)}}, ("1001", "1000")),
+        ("guided_json", {"items": {"pattern": "a\\"}}, ("single backslash",)),
+        ("guided_json", {"patternProperties": {"\\\\\\": {}}}, ("single backslash",)),
         ("guided_regex", 7, ("str",)),
         ("guided_choice", [""], ("not empty",)),
         ("json_schema", json.loads('{"items":' * 70 + "{}" + "}" * 70), ("64 levels",)),

@@ -80,6 +80,18 @@ def test_earlier_calls_reach_the_tokenizer(server) -> None:
         assert json.loads(result.fields) == {"tool_call_id": "call_1"}
 
 
+def test_null_in_an_earlier_call_is_as_if_not_given(server) -> None:
+    for function in ({"name": "f", "arguments": None}, {"name": "f"}):
+        call = {"id": None, "type": None, "function": function}
+        history = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}, USER]
+        answer = server.post("/v1/chat/completions", messages=history)
+        assert answer.status_code == 200, answer.text
+        (entry,) = as_chats(history, True, False)
+        for chat in (server.stack.generates()[-1].prompt.chat, entry.prompt.chat):
+            (sent,) = json.loads(chat.messages[1].fields)["tool_calls"]
+            assert sent == {**CALL, "id": "call_0", "function": {"name": "f", "arguments": ""}}
+
+
 def test_an_effort_is_a_variable_of_the_template(serve) -> None:
     def kwargs(**body: object) -> object:
         data = generated(server, **body).prompt.chat.template_kwargs

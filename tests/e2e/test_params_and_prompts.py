@@ -100,6 +100,7 @@ def test_a_form_of_the_answer_becomes_a_grammar_by_both_names(given, kind, sourc
         ("structured_outputs", StructuredOutputsParams(**given)),
         ("structured_outputs", given),
         ("guided_decoding", GuidedDecodingParams(**given)),
+        ("guided_decoding", given),
     ):
         (job,) = jobs_of(SamplingParams(**{name: outputs}))
         assert job.grammar == Grammar(kind, source, param=name)

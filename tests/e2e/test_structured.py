@@ -90,6 +90,7 @@ FORMS: list[tuple[dict[str, Any], Any]] = [
     ({"guided_regex": "[a-c]{5}"}, matches("[a-c]{5}")),
     ({"guided_choice": ["red", "green"]}, ["red", "green"].__contains__),
     ({"guided_grammar": GBNF}, matches("yes|no[0-9]")),
+    ({"structural_tag": json.dumps({"format": SEQUENCE})}, matches('It is "(good|bad)"')),
     ({"json_schema": json.dumps(SCHEMA)}, is_person),
     ({"regex": "[a-c]{5}"}, matches("[a-c]{5}")),
     ({"ebnf": GBNF}, matches("yes|no[0-9]")),

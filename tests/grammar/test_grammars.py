@@ -19,7 +19,7 @@ from pagewire.hub.huggingface import demo_gguf
 from pagewire.requests.errors import RequestError
 from pagewire.requests.grammars import json_rule, schema_grammar
 from pagewire.tokenizer.load import load
-from pagewire_protocol.grammar import Grammar, GrammarKind
+from pagewire_protocol.grammar import MAX_CHOICES, Grammar, GrammarKind
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 PERSON = {
@@ -74,6 +74,15 @@ OLDER = tags(
         "triggers": ["<f", "<|im_start|>"],
     }
 )
+ALLOWS_EVERYTHING = {
+    "items": {"not": False},
+    "uniqueItems": False,
+    "unevaluatedItems": {},
+    "unevaluatedProperties": True,
+    "propertyNames": True,
+    "dependentRequired": {},
+    "dependentSchemas": {},
+}
 MATCHES: list[tuple[Grammar, list[str], list[str]]] = [
     (
         schema(PERSON),
@@ -88,6 +97,21 @@ MATCHES: list[tuple[Grammar, list[str], list[str]]] = [
     (schema({"type": "string", "format": "date"}), ['"2024-02-03"'], ['"x"']),
     (schema({"type": "string", "not": {}}, lenient=True), ['"x"'], ["1"]),
     (
+        schema({"type": "integer", "minimum": -(2**63), "exclusiveMaximum": 2**64}),
+        ["-9223372036854774784", "0", "9223372036854774783"],
+        ["-9223372036854775809", "18446744073709551616"],
+    ),
+    (
+        schema({"type": "number", "exclusiveMinimum": -1.8e308, "maximum": 3.4e38}),
+        ["-1.5", "0", "1234567890123456789"],
+        ["1e309", "x"],
+    ),
+    (
+        schema(ALLOWS_EVERYTHING),
+        ["[1, 1]"],
+        ["[1"],
+    ),
+    (
         schema({"type": "object", "x-guidance": {"whitespace_pattern": "x+", "lenient": True}}),
         ['{"a": 1}'],
         ['{x"a":1}'],
@@ -97,6 +121,12 @@ MATCHES: list[tuple[Grammar, list[str], list[str]]] = [
     (Grammar(GrammarKind.REGEX, "^abc$"), ["abc"], ["abcd", "ab"]),
     (Grammar(GrammarKind.REGEX, "a\nb"), ["a\nb"], ["ab"]),
     (Grammar(GrammarKind.CHOICE, '["yes","no\\n\\"x"]'), ["yes", 'no\n"x'], ["no", "yess"]),
+    (Grammar(GrammarKind.CHOICE, json.dumps(["a\x7f\0\\"])), ["a\x7f\0\\"], ["a"]),
+    (
+        Grammar(GrammarKind.CHOICE, json.dumps([f"v{number}" for number in range(MAX_CHOICES)])),
+        ["v0", "v40", "v4095"],
+        ["v", "v4096", "v00"],
+    ),
     (Grammar(GrammarKind.GBNF, 'root ::= "a" b*\nb ::= [0-9] | "x"'), ["a", "a1x"], ["b", "ax!"]),
     (Grammar(GrammarKind.LARK, 'start: "a" b\nb: /[0-9]+/'), ["a12"], ["a", "12"]),
     (
@@ -135,6 +165,27 @@ MATCHES: list[tuple[Grammar, list[str], list[str]]] = [
         ["x", "a/bb"],
         ["y"],
     ),
+    (tags({"format": {"type": "regex", "pattern": r"\d\/[a-z]"}}), ["1/x"], ["１/x", "1\\/x"]),
+    (
+        tags({"format": {"type": "any_text", "excludes": ["bad", "a/b\n"]}}),
+        ["good\nab", "ba d"],
+        ["is bad.", "x a/b\n"],
+    ),
+    (
+        tags({"format": {"type": "triggered_tags", "triggers": ["<f"], "tags": [TAG], "excludes": ["no"]}}),
+        ['x <f>{"a": 1}</f> and', "x"],
+        ['no <f>{"a": 1}</f>', '<f>{"a": 1}</f> no'],
+    ),
+    (
+        tags({"format": {**TAG, "content": {"type": "any_text", "excludes": ["no"]}, "end": ["</f>", "!"]}}),
+        ["<f>yes!", "<f></f>"],
+        ["<f>no!", "<f>yes"],
+    ),
+    (
+        tags({"format": None, "structures": [{"begin": "<f", "schema": None, "end": None}], "triggers": ["<f"]}),
+        ["x", "x<f{}"],
+        ["x<fx"],
+    ),
     (
         tags({"format": {"type": "sequence", "elements": [
             {"type": "tag", "begin": "<think>", "content": {"type": "any_text"}, "end": "</think>"},
@@ -156,18 +207,27 @@ def test_what_each_form_takes(bench: Bench, grammar: Grammar, right, wrong) -> N
     ("grammar", "words"),
     [
         (schema({"not": {}, "if": {}}), '"if", "not"'),
+        (schema({"uniqueItems": True, "propertyNames": False}), '"propertyNames", "uniqueItems"'),
+        (schema({"oneOf": [{"type": "integer"}, {"type": "number"}]}), "with `strict` false"),
         (schema({"$ref": "#"}), "no text matches"),
         (schema({"$ref": "http://a.b/c"}), "never fetched"),
         (schema({"type": "string", "format": "iri"}), "this format is not supported: iri"),
         (schema(False), "must be an object"),
         (Grammar(GrammarKind.JSON_SCHEMA, "{"), "no JSON"),
         (Grammar(GrammarKind.REGEX, "(?=x)"), "look-around"),
+        (Grammar(GrammarKind.REGEX, ".{0,50}" * 100), "takes too much"),
+        (schema(PERSON, whitespace="("), "`whitespace_pattern`: regex"),
+        (schema({"not": {}}, whitespace=" ?"), '"not"'),
         (Grammar(GrammarKind.CHOICE, "[]"), "one string or more"),
         (Grammar(GrammarKind.GBNF, "root ::= ((("), "GBNF"),
         (Grammar(GrammarKind.LARK, "start: x"), "x"),
         (tags({}), "structures"),
         (tags({"format": {"type": "strange"}}), "strange"),
         (tags({"structures": [{"begin": "x"}], "triggers": ["y"]}), "start with"),
+        (tags({"format": {"type": "json_schema", "json_schema": {}, "style": "xml"}}), "`style`"),
+        (tags({"format": {"type": "any_text", "excludes": [""]}}), "`excludes`"),
+        (tags({"format": {"type": "regex", "pattern": "a\\"}}), "single backslash"),
+        (Grammar(GrammarKind.REGEX, "a\\"), "single backslash"),
     ],
     ids=lambda value: str(value)[:60],
 )
@@ -246,6 +306,29 @@ def test_walks_by_masks_are_valid_and_can_be_taken_up_anywhere(bench: Bench, row
     for output in outputs.values():
         value = json.loads(b"".join(bench.vocabulary.raw[token] for token in output[:-1]))
         assert 1 <= len(value) <= 3 and all(isinstance(part["a"], int) for part in value)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "text"),
+    [
+        (Grammar(GrammarKind.CHOICE, '["a<|im_end|>b"]'), "a<|im_end|>b"),
+        (Grammar(GrammarKind.REGEX, r"a<\|im_start\|>"), "a<|im_start|>"),
+        (schema({"const": "x<|im_end|>"}), '"x<|im_end|>"'),
+    ],
+)
+def test_the_name_of_a_special_token_is_written_as_text(
+    bench: Bench, grammar: Grammar, text: str
+) -> None:
+    matchers, masks = matchers_of(bench, 1)
+    matchers.open(1, 0, grammar, [])
+    written: list[int] = []
+    while not written or written[-1] not in bench.vocabulary.eos:
+        assert not matchers.write(1)
+        token = int(allowed(masks, 0)[0])
+        matchers.advance([1], [token])
+        written.append(token)
+    assert bench.vocabulary.special.isdisjoint(written[:-1])
+    assert b"".join(bench.vocabulary.raw[token] for token in written[:-1]).decode() == text
 
 
 def test_a_model_without_text_or_fixed_tokens_says_so() -> None:

@@ -25,7 +25,6 @@ NOT_HERE = {
     "http.md": {"ipython"},
     "quantization.md": {"bitblas"},
     "ray.md": {"max_queued_requests", "serveConfigV2"},
-    "structured-output.md": {"dependentRequired", "dependentSchemas", "propertyNames"},
 }
 """Ends of names, names that are gone and said to be, and what other programs and standards name."""
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from llguidance import LLMatcher, LLTokenizer
+from msgspec.structs import replace
 from pagewire.grammar.sources import source_of
 from pagewire.tokenizer.answers.forced import ForcedAnswers
 from pagewire.tokenizer.answers.format import markers_of
@@ -40,6 +41,10 @@ class Vocabulary:
         matcher = LLMatcher(self.matching, source_of(grammar, self.special))
         assert not matcher.is_error(), f"{matcher.get_error()}\n{grammar.source}"
         return matcher
+
+    def refusal(self, grammar: Grammar) -> str:
+        """Why it is none; empty where it is one."""
+        return LLMatcher(self.matching, source_of(grammar, self.special)).get_error()
 
     def takes(self, grammar: Grammar, text: str) -> bool:
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -97,6 +102,86 @@ def test_json_or_calls(bpe: Tokenizer) -> None:
     assert grammar is not None
     assert vocabulary.takes(grammar, '{"a": 1}') and not vocabulary.takes(grammar, '{"b": 1}')
     assert vocabulary.takes(grammar, '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>')
+
+
+FREE_NUMBER = {"oneOf": [{"type": "integer"}, {"type": "number"}]}
+
+
+def test_json_beside_tools_or_a_budget_is_held_as_it_is_alone(bpe: Tokenizer) -> None:
+    """Its whitespace, its closed objects, formats that are annotations, what is not held."""
+    vocabulary = Vocabulary(bpe, "hermes")
+    schema = json.dumps({"properties": {"a": {"type": "string", "format": "of-their-own"}}})
+    wanted = Grammar(GrammarKind.JSON_SCHEMA, schema, whitespace="", additional_properties=False)
+    overlapping = Grammar(GrammarKind.JSON_SCHEMA, json.dumps(FREE_NUMBER))
+    beside_tools = AnswerOptions(ToolChoice.AUTO)
+    budget = AnswerOptions(thinking_budget=0)
+    for options, before in ((beside_tools, ""), (budget, "</think>")):
+        opens = bool(before)
+        grammar = vocabulary.forced.grammar(options, Tools(TOOLS), wanted, opens)
+        assert grammar is not None
+        assert vocabulary.takes(grammar, before + '{"a":"x"}')
+        assert not vocabulary.takes(grammar, before + '{"a": "x"}')
+        assert not vocabulary.takes(grammar, before + '{"b":1}')
+        grammar = vocabulary.forced.grammar(options, Tools(TOOLS), overlapping, opens)
+        assert grammar is not None and "oneOf" in vocabulary.refusal(grammar)
+        lenient = replace(overlapping, lenient=True)
+        grammar = vocabulary.forced.grammar(options, Tools(TOOLS), lenient, opens)
+        assert grammar is not None and vocabulary.takes(grammar, before + "1.5")
+    nothing = Grammar(GrammarKind.JSON_SCHEMA, "false")
+    grammar = vocabulary.forced.grammar(budget, Tools([]), nothing, opens_reasoning=True)
+    assert grammar is not None and vocabulary.refusal(grammar)
+
+
+def function(parameters: Any, **more: Any) -> Tools:
+    return Tools([{"function": {"name": "f", "parameters": parameters, **more}}])
+
+
+def test_a_strict_tool_has_no_keyword_that_is_not_held(bpe: Tokenizer) -> None:
+    vocabulary = Vocabulary(bpe, "hermes")
+    schema = {"type": "object", "properties": {"a": FREE_NUMBER}, "required": ["a"]}
+    grammar = vocabulary.forced.grammar(REQUIRED, function(schema, strict=True), None, False)
+    assert grammar is not None and "oneOf" in vocabulary.refusal(grammar)
+    grammar = vocabulary.forced.grammar(REQUIRED, function(schema), None, False)
+    assert grammar is not None and not vocabulary.refusal(grammar)
+    schema = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": False}}}
+    grammar = vocabulary.forced.grammar(REQUIRED, function(schema, strict=True), None, False)
+    assert grammar is not None and not vocabulary.refusal(grammar)
+
+
+ARGUMENTS_OF_ODD_SCHEMAS: list[tuple[Any, str]] = [
+    ({"type": "object", "properties": {"a": {}}, "required": None, "$defs": None}, '{"a": 1}'),
+    ({"type": "object", "properties": None, "required": None}, '{"a": 1}'),
+    ({"type": "object", "properties": {"a": {"type": "integer", "enum": None}}}, '{"a": 1}'),
+    ({"type": "object", "properties": {"a": {"const": None}}, "required": ["a"]}, '{"a": null}'),
+    ({"type": "object", "properties": {}, "required": ["b"]}, '{"b": 1}'),
+    ({"type": "object", "properties": {"a": {"type": "integer", "minimum": -(2**63)}}}, '{"a": 1}'),
+    ({"properties": {"a": {"type": "integer"}}, "required": ["a", "b"]}, '{"a": 1, "b": [2]}'),
+]
+
+
+@pytest.mark.parametrize(("schema", "arguments"), ARGUMENTS_OF_ODD_SCHEMAS)
+def test_tools_whose_schemas_programs_write_badly_can_be_called(
+    bpe: Tokenizer, schema: Any, arguments: str
+) -> None:
+    """`null` for a keyword without a value, as Go's lists; required names without a schema."""
+    vocabulary = Vocabulary(bpe, "hermes")
+    grammar = vocabulary.forced.grammar(REQUIRED, function(schema), None, False)
+    assert grammar is not None
+    call = f'{{"name": "f", "arguments": {arguments}}}'
+    assert vocabulary.takes(grammar, f"<tool_call>\n{call}\n</tool_call>")
+
+
+def test_parameters_behind_a_reference_are_written(bpe: Tokenizer) -> None:
+    """In formats that write one parameter after the other, which must know their names."""
+    vocabulary = Vocabulary(bpe, "qwen3_coder")
+    of_city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    tools = function({"$ref": "#/$defs/City", "$defs": {"City": of_city}})
+    grammar = vocabulary.forced.grammar(REQUIRED, tools, None, False)
+    assert grammar is not None
+    begin, end = "<tool_call>\n<function=f>\n", "</function>\n</tool_call>"
+    parameter = "<parameter=city>\nRome\n</parameter>\n"
+    assert vocabulary.takes(grammar, begin + parameter + end)
+    assert not vocabulary.takes(grammar, begin + end)
 
 
 def test_what_is_forced_begins_behind_the_reasoning(bpe: Tokenizer) -> None:

@@ -28,6 +28,7 @@ _SINGLE: Final[dict[str, Callable[[Any, str], Grammar]]] = {
     "guided_regex": regex_grammar,
     "guided_choice": choice_grammar,
     "guided_grammar": text_grammar,
+    "structural_tag": tag_grammar,
     "json_schema": schema_grammar,
     "regex": regex_grammar,
     "ebnf": text_grammar,

@@ -92,7 +92,7 @@ class FunctionCallIn(Struct):
     """The function of an earlier answer's call."""
 
     name: str
-    arguments: str | dict[str, Raw] = ""
+    arguments: str | dict[str, Raw] | None = None
     """JSON text, or the object itself."""
 
 
@@ -100,8 +100,9 @@ class ToolCallIn(Struct):
     """A call of an earlier answer."""
 
     function: FunctionCallIn
-    id: str = ""
-    type: str = "function"
+    id: str | None = None
+    type: str | None = None
+    """`function`, also where it is not said."""
 
 
 class MessageIn(Struct, forbid_unknown_fields=True):
@@ -195,6 +196,7 @@ class Request(Scalars, forbid_unknown_fields=True, kw_only=True):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
     guided_whitespace_pattern: str | None = None
+    structural_tag: Raw = _NULL
     json_schema: Raw = _NULL
     regex: str | None = None
     ebnf: str | None = None

@@ -151,16 +151,16 @@ def message_fields(index: int, message: MessageIn) -> bytes:
 
 
 def _call(call: ToolCallIn, place: str, number: int) -> Mapping[str, Any]:
-    if call.type != "function":
+    if call.type not in (None, "function"):
         raise invalid(
             f"`{place}` is of type {call.type[:64]!r}; only 'function' is supported.", "messages"
         )
     check_name(call.function.name, f"{place}.function.name", "messages")
     arguments = call.function.arguments
-    if not isinstance(arguments, str):
+    if isinstance(arguments, dict):
         arguments = msgspec.json.encode(arguments).decode()
     return {
         "id": call.id or f"call_{number}",
         "type": "function",
-        "function": {"name": call.function.name, "arguments": arguments},
+        "function": {"name": call.function.name, "arguments": arguments or ""},
     }

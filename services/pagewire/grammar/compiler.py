@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from llguidance import LLMatcher, LLParserLimits
-from pagewire_protocol.grammar import Grammar, GrammarKind
+from pagewire_protocol.grammar import DEFAULT_WHITESPACE, Grammar, GrammarKind
 
 from .errors import GrammarError
-from .sources import source_of
+from .sources import regex_term, source_of
 from .vocabulary import Vocabulary
 
 KEPT: Final = 256
@@ -24,7 +24,13 @@ LIMITS: Final = LLParserLimits(initial_lexer_fuel=100_000, verbose_errors=False)
 """A grammar that takes more than these allow is refused, here or while it is matched. With
 llguidance's own fuel for the lexer, ten times this one, 5 KB of rules take 8 s before they are
 refused; of a thousand schemas of MaskBench the smaller one refuses none."""
+TOO_COSTLY: Final = "it takes too much to be compiled"
+OVERLAPPING: Final = (
+    "oneOf is not supported where its branches may overlap; anyOf is, and with `strict` false oneOf "
+    "is read so"
+)
 MAX_KEYWORD: Final = 80
+_COSTLY: Final = ("initial_lexer_fuel", "initial lexer configuration", "Too many items")
 _UNKNOWN_KEYS: Final = re.compile(r"Unimplemented keys: (\[.*\])")
 _NOT_PRINTABLE: Final = re.compile("[^ -~]")
 _REMOTE: Final = re.compile("Resource '(.*?)' is not present in a registry")
@@ -85,12 +91,25 @@ class Compiler:
             )
 
     def _matcher(self, grammar: Grammar) -> LLMatcher:
-        matcher = LLMatcher(
-            self._vocabulary.matching,
-            source_of(grammar, self._vocabulary.special_ids),
-            log_level=0,
-            limits=LIMITS,
-        )
+        try:
+            return self._of_source(source_of(grammar, self._vocabulary.special_ids))
+        except GrammarError as error:
+            if self._has_wrong_whitespace(grammar):
+                raise GrammarError(f"`whitespace_pattern`: {error}") from None
+            raise
+
+    def _has_wrong_whitespace(self, grammar: Grammar) -> bool:
+        """The expression for whitespace is none, whatever the schema is."""
+        if grammar.whitespace in ("", DEFAULT_WHITESPACE):
+            return False
+        try:
+            self._of_source(LLMatcher.grammar_from_lark(f"start: {regex_term(grammar.whitespace)}"))
+        except GrammarError:
+            return True
+        return False
+
+    def _of_source(self, source: str) -> LLMatcher:
+        matcher = LLMatcher(self._vocabulary.matching, source, log_level=0, limits=LIMITS)
         _check(matcher)
         return matcher
 
@@ -133,6 +152,10 @@ def explained(error: str) -> str:
     text = " ".join(kept).replace("<non-verbose/>", "").strip() or "it cannot be compiled"
     if text.startswith("NoExtension"):
         return NOTHING_MATCHES
+    if "coerce_one_of" in text:
+        return OVERLAPPING
+    if any(words in text for words in _COSTLY):
+        return TOO_COSTLY
     remote = _REMOTE.search(text)
     if remote:
         name = remote[1][:120]

@@ -6,19 +6,18 @@ or the expression itself shows when it is compiled.
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from llguidance import LLMatcher, regex_to_lark
-from llguidance.gbnf_to_lark import gbnf_to_lark
-from pagewire_protocol.grammar import SCHEMA_FORMATS, Grammar, GrammarKind
+from pagewire_protocol.grammar import Grammar, GrammarKind
 
 from .errors import GrammarError
+from .gbnf import lark_of_gbnf
+from .lark import ends_within_escape, literal
+from .schemas import json_options, json_term, prepared
 from .structural_tags import lark_of_tags
 
-Schema = dict[str, Any]
-OBJECT_KEYWORDS: Final = ("properties", "patternProperties", "required", "minProperties")
-"""A schema that has one of them speaks of objects, whether it says `type` or not."""
 _LARK_TERMS: Final = re.compile(
     r'"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\\n])+/|(?P<name><(?!\[)[^\s<>"]+>)'
 )
@@ -55,72 +54,30 @@ def _of_schema(schema: Any, grammar: Grammar) -> str:
         raise GrammarError(f"the JSON schema cannot be read: {error}") from None
 
 
-def json_options(grammar: Grammar) -> Any:
-    """What llguidance is told of every schema of `grammar`: all of it, since a schema could say
-    otherwise in an `x-guidance` of its own."""
-    return {
-        "item_separator": ",",
-        "key_separator": ":",
-        "whitespace_flexible": bool(grammar.whitespace),
-        "whitespace_pattern": grammar.whitespace or None,
-        "coerce_one_of": grammar.lenient,
-        "lenient": grammar.lenient,
-    }
-
-
-def prepared(schema: Schema, grammar: Grammar) -> Schema:
-    """The schema without settings for llguidance, without formats that JSON Schema does not define,
-    which are annotations to it, and closed where `grammar` wants that. A copy."""
-    schema = json.loads(json.dumps(schema))
-    schema.pop("x-guidance", None)
-    for part in _parts(schema):
-        form = part.get("format")
-        if isinstance(form, str) and form not in SCHEMA_FORMATS:
-            del part["format"]
-        if grammar.additional_properties:
-            continue
-        speaks_of_objects = part.get("type") == "object" or any(k in part for k in OBJECT_KEYWORDS)
-        if speaks_of_objects:
-            part.setdefault("additionalProperties", False)
-    return schema
-
-
-def _parts(schema: Schema) -> Iterator[Schema]:
-    """The schema and all schemas in it; values of `const` and `enum` are none."""
-    pending: list[Any] = [schema]
-    while pending:
-        part = pending.pop()
-        if isinstance(part, list):
-            pending += part
-        elif isinstance(part, dict):
-            yield part
-            for name, value in part.items():
-                if name in ("properties", "patternProperties", "$defs", "definitions"):
-                    pending += list(value.values()) if isinstance(value, dict) else []
-                elif name not in ("const", "enum", "default", "examples"):
-                    pending.append(value)
-
-
 def _regex(grammar: Grammar) -> str:
-    """`\\d` and `\\w` are ASCII's, as in the patterns of JSON schemas."""
-    pattern = regex_to_lark(grammar.source.replace("\n", "\\n"), "dw")
-    return LLMatcher.grammar_from_lark(f"start: /{pattern}/")
+    return LLMatcher.grammar_from_lark(f"start: {regex_term(grammar.source)}")
+
+
+def regex_term(pattern: str) -> str:
+    """The term of a Lark rule for a regular expression. `\\d` and `\\w` are ASCII's, as in the
+    patterns of JSON schemas."""
+    if ends_within_escape(pattern):
+        raise GrammarError(f"the expression {pattern[-40:]!r} ends with a single backslash")
+    expression = regex_to_lark(pattern.replace("\n", "\\n"), "dw")
+    return f"/{expression}/"
 
 
 def _choice(grammar: Grammar) -> str:
+    """As one terminal: a rule of more than some 2,000 alternatives is too much for the parser."""
     choices = _parsed(grammar.source)
     if not isinstance(choices, list) or not choices or not all(map(_is_text, choices)):
         raise GrammarError("a choice is a list of one string or more, none of them empty")
-    return LLMatcher.grammar_from_lark("start: " + " | ".join(map(literal, choices)))
+    options = " | ".join(map(literal, choices))
+    return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {options}")
 
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value)
-
-
-def literal(text: str) -> str:
-    """`text` as a string of a Lark grammar."""
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _lark(grammar: Grammar, special: Mapping[str, int]) -> str:
@@ -135,10 +92,7 @@ def _lark(grammar: Grammar, special: Mapping[str, int]) -> str:
 
 
 def _gbnf(grammar: Grammar) -> str:
-    try:
-        return LLMatcher.grammar_from_lark(gbnf_to_lark(grammar.source))
-    except Exception as error:  # the converter raises whatever it runs into
-        raise GrammarError(f"the grammar cannot be read as GBNF: {error}") from None
+    return LLMatcher.grammar_from_lark(lark_of_gbnf(grammar.source))
 
 
 def _structural_tag(grammar: Grammar, special: Mapping[str, int]) -> str:
@@ -147,11 +101,15 @@ def _structural_tag(grammar: Grammar, special: Mapping[str, int]) -> str:
             schema = {}
         if not isinstance(schema, dict):
             raise GrammarError("the schema of a structural tag must be an object")
-        whole = {**prepared(schema, grammar), "x-guidance": json_options(grammar)}
-        return "%json " + json.dumps(whole)
+        return json_term(schema, grammar)
 
     return LLMatcher.grammar_from_lark(
-        lark_of_tags(_parsed(grammar.source), schema_rule, lambda text: pieces(text, special))
+        lark_of_tags(
+            _parsed(grammar.source),
+            schema_rule,
+            regex_term,
+            lambda text: pieces(text, special),
+        )
     )
 
 

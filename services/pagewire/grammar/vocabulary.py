@@ -66,16 +66,21 @@ class _Tokens:
         self.tokens = raw
         self.special_token_ids = sorted(token for token in special if token < len(raw))
         self._tokenizer = tokenizer
-        self._id_of = {data: token for token, data in enumerate(raw) if data}
+        self._special = special
+        self._id_of = {
+            data: token for token, data in enumerate(raw) if data and token not in special
+        }
         self._longest = max(map(len, raw), default=1)
 
     def __call__(self, data: bytes | str) -> list[int]:
         """`data` as the tokenizer itself would cut it, where that gives these very bytes; else the
-        longest tokens first. Used for text that a grammar leaves no choice about."""
+        longest tokens first. Used for text that a grammar leaves no choice about. The name of a
+        special token in it is text like any other: the token itself may end the answer."""
         text = data if isinstance(data, bytes) else data.encode()
         try:
             ids = self._tokenizer.encode(text.decode(), add_special_tokens=False).ids
-            if b"".join(map(self.tokens.__getitem__, ids)) == text:
+            is_text = self._special.isdisjoint(ids)
+            if is_text and b"".join(map(self.tokens.__getitem__, ids)) == text:
                 return ids
         except (UnicodeDecodeError, IndexError):
             pass

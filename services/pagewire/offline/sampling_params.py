@@ -133,7 +133,7 @@ class SamplingParams:
     bad_words: list[str] | None = None
     logits_processors: list[Any] | None = None
     structured_outputs: StructuredOutputsParams | dict[str, Any] | None = None
-    guided_decoding: GuidedDecodingParams | None = None
+    guided_decoding: GuidedDecodingParams | dict[str, Any] | None = None
     """`structured_outputs` under its former name; one of the two."""
     extra_args: dict[str, Any] | None = None
 
@@ -145,6 +145,8 @@ class SamplingParams:
                 )
         if isinstance(self.structured_outputs, dict):
             self.structured_outputs = StructuredOutputsParams(**self.structured_outputs)
+        if isinstance(self.guided_decoding, dict):
+            self.guided_decoding = GuidedDecodingParams(**self.guided_decoding)
         if self.structured_outputs is not None and self.guided_decoding is not None:
             raise ValueError("structured_outputs and guided_decoding exclude each other")
         self.grammar()

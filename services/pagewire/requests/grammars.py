@@ -24,6 +24,7 @@ from pagewire_protocol.grammar import (
     GrammarKind,
 )
 
+from ..grammar.lark import ends_within_escape
 from .errors import invalid
 
 STRUCTURED_OUTPUTS: Final = "structured_outputs"
@@ -213,6 +214,7 @@ def check_schema(text: str, param: str) -> None:
                 f"`{param}`: an `enum` of the schema has {count} values, of at most {MAX_ENUM}.",
                 param,
             )
+        _check_patterns(fields, param)
         members = fields.get("properties")
         if isinstance(members, dict):
             properties += len(cast(dict[str, Any], members))
@@ -221,6 +223,20 @@ def check_schema(text: str, param: str) -> None:
             f"`{param}`: the schema has {properties} properties, of at most {MAX_PROPERTIES}.",
             param,
         )
+
+
+def _check_patterns(fields: dict[str, Any], param: str) -> None:
+    """An expression must not end with half an escape: it would take what the matcher puts around
+    it for the rest."""
+    keys = fields.get("patternProperties")
+    patterns: list[Any] = [fields.get("pattern")]
+    patterns += cast(dict[str, Any], keys) if isinstance(keys, dict) else ()
+    for pattern in patterns:
+        if isinstance(pattern, str) and ends_within_escape(pattern):
+            raise invalid(
+                f"`{param}`: the pattern {pattern[-40:]!r} of the schema ends with a single backslash.",
+                param,
+            )
 
 
 def _too_deep(param: str) -> Exception:

@@ -3,13 +3,14 @@ tools. In llguidance's Lark dialect; knows no requests and no streams.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterable
 from typing import Any, Final, NamedTuple
 
 from msgspec.structs import replace
 from pagewire_protocol.grammar import DEFAULT_WHITESPACE, MAX_SCHEMA_DEPTH, SCHEMA_FORMATS
 
+from ...grammar.lark import escaped, literal
+from ...grammar.schemas import allows_everything, bounded
 from .format import (
     AnswerFormat,
     BraceCalls,
@@ -21,7 +22,7 @@ from .format import (
     PythonCalls,
     Section,
 )
-from .tools import Schema, Tools, is_text
+from .tools import Schema, Tools, is_text, resolved
 
 MOST_CALLS: Final = 16
 """Of a forced answer: a model that must call may go on calling for ever."""
@@ -32,28 +33,16 @@ _GUIDANCE: Final = {
     "key_separator": ":",
     "whitespace_flexible": True,
     "whitespace_pattern": DEFAULT_WHITESPACE,
-    "coerce_one_of": True,
-    "lenient": True,
 }
-"""Schemas of tools are written for models, not for validators: what the matcher does not know of
-one is not held, where the tool is not strict."""
-
-
-def literal(text: str) -> str:
-    """`text` as a string of a rule."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def escaped(text: str) -> str:
-    """`text` within a regular expression of a rule."""
-    return re.escape(text).replace("/", r"\/").replace("\\\n", "\\n")
 
 
 def json_term(schema: Any, strict: bool) -> str:
-    """The term for JSON by a schema; `strict`: all keywords are held, or the grammar is none."""
+    """The term for JSON by a schema of a tool, which is written for models, not for validators: what
+    the matcher does not know of it is not held. `strict`: all keywords are, or the grammar is
+    none."""
     if not isinstance(schema, dict):
         schema = {}
-    guidance = {**_GUIDANCE, "lenient": not strict}
+    guidance = {**_GUIDANCE, "coerce_one_of": not strict, "lenient": not strict}
     whole = {**schema, "x-guidance": guidance}
     # Characters beyond ASCII escaped: the text of the grammar is then safe in any lexer.
     return "%json " + json.dumps(whole)
@@ -66,14 +55,34 @@ def closed(schema: Any, depth: int = 0) -> Any:
     if not isinstance(schema, dict) or depth >= MAX_SCHEMA_DEPTH:
         return schema
     parts = {
-        key: value if key in ("enum", "const", "default", "examples") else closed(value, depth + 1)
+        key: value
+        if key in ("enum", "const", "default", "examples")
+        else bounded(key, closed(value, depth + 1))
         for key, value in schema.items()
-        # A format that JSON Schema does not define is an annotation.
-        if key != "format" or not isinstance(value, str) or value in SCHEMA_FORMATS
+        if _says_something(key, value)
     }
-    if isinstance(parts.get("properties"), dict) and parts.get("type", "object") == "object":
-        parts.setdefault("additionalProperties", False)
+    names_properties = isinstance(parts.get("properties"), dict)
+    is_object = names_properties and parts.get("type", "object") == "object"
+    if is_object and "additionalProperties" not in parts:
+        parts["additionalProperties"] = False
+        parts["properties"] = _with_required(parts["properties"], parts.get("required"))
     return parts
+
+
+def _says_something(key: str, value: Any) -> bool:
+    """A format that JSON Schema does not define is an annotation, and programs write `null` for a
+    keyword that they have no value for."""
+    if value is None:
+        return key in ("const", "default")
+    if allows_everything(key, value):
+        return False
+    return key != "format" or not isinstance(value, str) or value in SCHEMA_FORMATS
+
+
+def _with_required(properties: Schema, required: Any) -> Schema:
+    """The properties, and those that are named as required alone: they may be anything."""
+    names = required if isinstance(required, list) else []
+    return {**properties, **{name: {} for name in names if name not in properties}}
 
 
 class Opening(NamedTuple):
@@ -281,13 +290,14 @@ class CallRules:
 
     def _properties(self, name: str) -> Iterable[tuple[str, Schema, bool]]:
         """Name, schema, whether it must be there; of each argument."""
-        schema = self._tools.parameters(name)
+        root = self._tools.parameters(name)
+        schema = resolved(root, root)
         properties: Any = schema.get("properties")
         required: Any = schema.get("required")
         if not isinstance(properties, dict):
             return
-        shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-        for key, value in properties.items():
+        shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
+        for key, value in _with_required(properties, required).items():
             value = closed(value) if isinstance(value, dict) else {}
             yield key, {**value, **shared}, isinstance(required, list) and key in required
 

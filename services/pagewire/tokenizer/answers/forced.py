@@ -9,19 +9,23 @@ forced is read back by the same parser as what a model writes by itself.
 import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import Final
+from typing import Any, Final
 
 from msgspec.structs import replace
 from pagewire_protocol.grammar import MAX_GRAMMAR_SOURCE, Grammar, GrammarKind
 from pagewire_protocol.sampling import AnswerOptions, ToolChoice
 
-from .call_rules import ANY_TEXT, CallRules, json_term, literal
+from ...grammar.lark import literal
+from ...grammar.schemas import json_term
+from .call_rules import ANY_TEXT, CallRules
 from .format import AnswerFormat, HarmonyCalls, Reasoning
 from .free_calls import FreeAnswer
 from .harmony_rules import HarmonyRules
 from .tools import Tools
 
 FORCING: Final = (ToolChoice.REQUIRED, ToolChoice.NAMED)
+_NOTHING: Final[dict[str, Any]] = {"enum": []}
+"""The schema `false`, as an object."""
 
 
 class UnsupportedAnswer(ValueError):
@@ -208,7 +212,10 @@ def _json_rule(content_grammar: Grammar | None) -> str | None:
     if content_grammar is None:
         return None
     if content_grammar.kind is GrammarKind.JSON_OBJECT:
-        return json_term({"type": "object"}, strict=True)
+        return json_term({"type": "object"}, content_grammar)
     if content_grammar.kind is GrammarKind.JSON_SCHEMA:
-        return json_term(json.loads(content_grammar.source), strict=not content_grammar.lenient)
+        schema = json.loads(content_grammar.source)
+        if isinstance(schema, bool):
+            schema = {} if schema else _NOTHING
+        return json_term(schema, content_grammar)
     return None

@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final, NamedTuple
 
-from .call_rules import ANY_TEXT, Opening, escaped
+from ...grammar.lark import escaped
+from .call_rules import ANY_TEXT, Opening
 from .format import Reasoning
 
 _SPACE: Final = r"[ \n\t]{0,8}"

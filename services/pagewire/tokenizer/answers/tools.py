@@ -40,13 +40,14 @@ class Tools:
     def types_of(self, name: str, key: str) -> frozenset[str]:
         """The JSON types that the argument `key` may have; ANY where the schema does not say."""
         schema = self.parameters(name)
-        properties = _resolved(schema, schema).get("properties")
+        properties = resolved(schema, schema).get("properties")
         if not isinstance(properties, dict) or not isinstance(properties.get(key), dict):
             return ANY
         return _types(properties[key], schema, 0)
 
 
-def _resolved(schema: Schema, root: Schema) -> Schema:
+def resolved(schema: Schema, root: Schema) -> Schema:
+    """The schema that `schema`, a part of `root`, refers to; itself where it refers to none."""
     for _ in range(MAX_REFERENCES):
         reference = schema.get("$ref")
         if not isinstance(reference, str) or not reference.startswith("#/"):
@@ -62,7 +63,7 @@ def _resolved(schema: Schema, root: Schema) -> Schema:
 
 
 def _types(schema: Schema, root: Schema, depth: int) -> frozenset[str]:
-    schema = _resolved(schema, root)
+    schema = resolved(schema, root)
     stated = schema.get("type")
     if isinstance(stated, str):
         return frozenset((stated,))
