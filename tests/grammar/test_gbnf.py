@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 from llguidance import LLMatcher
+from pagewire.grammar import gbnf
 from pagewire.grammar.errors import GrammarError
 from pagewire.grammar.gbnf import lark_of_gbnf
 from pagewire.grammar.vocabulary import Vocabulary
@@ -101,6 +102,26 @@ def test_strings_of_json_are_one_lexeme() -> None:
     """They cost much where each character is one."""
     lark = lark_of_gbnf(JSON)
     assert lark.count("\nT") == 1 and '"true"' in lark
+
+
+def test_how_much_is_looked_at_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Characters and ranges count, not nodes alone: large classes took seconds."""
+    steps = 0
+
+    def counted(ranges, real=gbnf._merged):
+        nonlocal steps
+        ranges = list(ranges)
+        steps += len(ranges)
+        return real(ranges)
+
+    monkeypatch.setattr(gbnf, "_merged", counted)
+    for classes, characters in ((75, 400), (4, 4000), (2000, 4)):
+        every = [
+            "".join(chr(0x4E00 + 2 * i + j % 50) for i in range(characters)) for j in range(classes)
+        ]
+        steps = 0
+        gbnf.lark_of_gbnf("root ::= " + " ".join(f"[{one}]+" for one in every))
+        assert steps < 10 * gbnf.MOST_WORK
 
 
 def drawn(source: random.Random, depth: int = 0) -> tuple[str, str]:

@@ -24,7 +24,7 @@ MOST_TRIED: Final = 128
 MOST_SHAPES: Final = 4096
 """Sequences whose shape is found out."""
 MOST_WORK: Final = 200_000
-"""Nodes that all these looks go over."""
+"""Nodes, and ranges and characters in them, that all looks go over; and as many for all shapes."""
 LONGEST_TRIED: Final = 8
 """Parts of such a sequence."""
 LARGEST: Final = 1000
@@ -388,8 +388,10 @@ class _Lexemes:
         self._shapes: dict[str, _Shape | None] = {}
         self._open: set[str] = set()
         nodes = [node for root in rules.values() for node in _nodes(root)]
-        self._left = min(MOST_TRIED, MOST_WORK // max(1, len(nodes)))
-        self._shapes_left = MOST_SHAPES
+        sizes = [_size(node) for node in nodes]
+        self._left = min(MOST_TRIED, MOST_WORK // (1 + sum(sizes)))
+        of_shape = LONGEST_TRIED * max(sizes, default=1)
+        self._shapes_left = min(MOST_SHAPES, MOST_WORK // of_shape)
         for node in nodes:
             if isinstance(node, Sequence):
                 self._look(node)
@@ -519,6 +521,16 @@ class _Lexemes:
         goes_on = node.most is None or node.most > node.least
         more = _merged((*shape.more, *shape.first)) if goes_on else shape.more
         return _Shape(node.least == 0, shape.first, more, shape.size)
+
+
+def _size(node: Node) -> int:
+    match node:
+        case Text(text):
+            return 1 + len(text)
+        case Chars(ranges):
+            return 1 + len(ranges)
+        case _:
+            return 1
 
 
 def _ranges_of(leaf: Text | Chars) -> Iterable[tuple[int, int]]:
