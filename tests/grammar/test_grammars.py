@@ -182,6 +182,11 @@ MATCHES: list[tuple[Grammar, list[str], list[str]]] = [
         ["<f>no!", "<f>yes"],
     ),
     (
+        tags({"format": {"type": "json_schema", "json_schema": PERSON, "style": "json"}}),
+        ['{"a":1}'],
+        ["x"],
+    ),
+    (
         tags({"format": None, "structures": [{"begin": "<f", "schema": None, "end": None}], "triggers": ["<f"]}),
         ["x", "x<f{}"],
         ["x<fx"],

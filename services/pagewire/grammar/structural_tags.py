@@ -28,6 +28,8 @@ _KNOWN: Final[dict[str, tuple[str, ...]]] = {
 }
 """What each type of a `format` may have beside its type. Anything else would change what matches,
 and is refused."""
+_USUAL_STYLE: Final = ("json_schema", "style", "json")
+"""What programs write that give each field of theirs: as if not given."""
 
 
 class _Rules:
@@ -148,7 +150,9 @@ def _excludes(node: Node) -> list[str]:
 
 def _check_keys(node: Node, kind: str) -> None:
     for name, value in node.items():
-        if name != "type" and name not in _KNOWN[kind] and value is not None:
+        if name in ("type", *_KNOWN[kind]) or value is None:
+            continue
+        if (kind, name, value) != _USUAL_STYLE:
             raise GrammarError(f"a structural tag's {kind} with `{name[:40]}` is not supported")
 
 
