@@ -36,10 +36,10 @@ _GUIDANCE: Final = {
 }
 
 
-def json_term(schema: Any, strict: bool) -> str:
-    """The term for JSON by a schema of a tool, which is written for models, not for validators: what
-    the matcher does not know of it is not held. `strict`: all keywords are, or the grammar is
-    none."""
+def arguments_term(schema: Any, strict: bool) -> str:
+    """The term for arguments in JSON by a schema of a tool, which is written for models, not for
+    validators: what the matcher does not know of it is not held. `strict`: all keywords are, or the
+    grammar is none."""
     if not isinstance(schema, dict):
         schema = {}
     guidance = {**_GUIDANCE, "coerce_one_of": not strict, "lenient": not strict}
@@ -268,7 +268,7 @@ class CallRules:
         schema = self._tools.parameters(name)
         if "type" not in schema and "$ref" not in schema:
             schema = {**schema, "type": "object"}
-        return json_term(closed(schema), strict=self._is_strict(name))
+        return arguments_term(closed(schema), strict=self._is_strict(name))
 
     def _is_strict(self, name: str) -> bool:
         return self._tools.functions.get(name, {}).get("strict") is True
@@ -336,7 +336,7 @@ class CallRules:
         if is_text(types) and isinstance(options, list):
             choices = " | ".join(literal(option) for option in options if isinstance(option, str))
             return f"{line} ({choices}) {end}"
-        return f"{line} {json_term(schema, strict=self._is_strict(name))} {end}"
+        return f"{line} {arguments_term(schema, strict=self._is_strict(name))} {end}"
 
     def _text_up_to(self, end: str) -> str:
         """Any text, and `end`."""
@@ -359,12 +359,12 @@ class CallRules:
         properties = sorted(self._properties(name), key=lambda entry: not entry[2])
         strict = self._is_strict(name)
         required = [
-            f"{lead(key)} {json_term(schema, strict)}"
+            f"{lead(key)} {arguments_term(schema, strict)}"
             for key, schema, needed in properties
             if needed
         ]
         others = [
-            f"{lead(key)} {json_term(schema, strict)}"
+            f"{lead(key)} {arguments_term(schema, strict)}"
             for key, schema, needed in properties
             if not needed
         ]
