@@ -142,11 +142,23 @@ class NamedFunction(Struct):
     name: str
 
 
-class NamedTool(Struct):
+class NamedTool(Struct, tag_field="type", tag="function"):
     """A choice of one tool."""
 
-    type: Literal["function"]
     function: NamedFunction
+
+
+class AllowedTools(Struct):
+    """Which of the tools may be called."""
+
+    tools: list[NamedTool]
+    mode: Literal["auto", "required"] = "auto"
+
+
+class AllowedToolsChoice(Struct, tag_field="type", tag="allowed_tools"):
+    """A choice of some of the tools."""
+
+    allowed_tools: AllowedTools
 
 
 if TYPE_CHECKING:
@@ -227,7 +239,7 @@ class ChatRequest(Request, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Raw] | None = None
     tools: list[ToolIn] | None = None
-    tool_choice: str | NamedTool | None = None
+    tool_choice: str | NamedTool | AllowedToolsChoice | None = None
     """`none`, `auto`, `required`, or one function."""
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
