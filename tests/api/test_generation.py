@@ -148,11 +148,14 @@ def test_usage_may_be_told_in_every_stream(serve) -> None:
         )
 
 
-def test_an_http_1_0_client_gets_the_stream_unchunked(server) -> None:
+@pytest.mark.parametrize("header", [b"", b"Connection: keep-alive\r\n"])
+def test_an_http_1_0_client_gets_the_stream_unchunked(server, header: bytes) -> None:
+    """The end of the connection is the end of the stream, whatever the client wishes."""
     body = json.dumps({"prompt": "hi", "stream": True, "max_tokens": 2}).encode()
     with socket.create_connection(("127.0.0.1", server.frontend.port), 5) as client:
         client.sendall(
-            b"POST /v1/completions HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+            b"POST /v1/completions HTTP/1.0\r\n%bContent-Length: %d\r\n\r\n" % (header, len(body))
+            + body
         )
         answer = b"".join(iter(lambda: client.recv(65536), b""))
     head, _, events = answer.partition(b"\r\n\r\n")
