@@ -5,6 +5,7 @@ What comes out is bounded: texts by the context, token ids and biases as columns
 limits of their parameters.
 """
 
+import codecs
 from collections.abc import Callable
 from typing import Any, Final, Literal, NamedTuple
 
@@ -146,4 +147,5 @@ KINDS: Final[dict[BodyType, BodyKind]] = {
 
 def read(body_type: BodyType, body: bytes, served: Served) -> Any:
     """The plan in a body. Raises RequestError or ApiError."""
-    return KINDS[body_type].read(body, served)
+    # RFC 8259 lets readers pass over a byte order mark; editors on Windows begin files with one.
+    return KINDS[body_type].read(body.removeprefix(codecs.BOM_UTF8), served)
