@@ -130,7 +130,7 @@ def _detokenize(body: bytes, served: Served) -> DetokenizePlan:
 
 
 def _check_name(name: str | None, served: Served) -> None:
-    if name is not None and name not in served.names:
+    if name and name not in served.names:  # an empty one is no name, as in vLLM
         raise unknown_model(name, served.names)
 
 
