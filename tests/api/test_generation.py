@@ -10,6 +10,7 @@ import httpx2 as httpx
 import openai
 import pytest
 from aiohttp import ClientConnectionResetError, web
+from api.checks import refused
 from api.fake_stack import expected, tokens_of, word
 from pagewire.config import FrontendConfig
 from pagewire_protocol.columns import unpack
@@ -84,6 +85,18 @@ def test_content_parts_and_roles_reach_the_tokenizer(server) -> None:
         ("assistant", "", None),
         ("user", "one\ntwo", "Bo"),
     ]
+
+
+def test_strings_among_parts_are_texts(server) -> None:
+    """As LangChain sends them, also beside parts with a field that no model reads."""
+    part = {"type": "text", "text": "two", "cache_control": {"type": "ephemeral"}}
+    contents = {"one": ["one"], "one\ntwo": ["one", part]}
+    for text, content in contents.items():
+        assert server.chat(content).status_code == 200
+        assert server.stack.generates()[-1].prompt.chat.messages[0].content == text
+    image = {"type": "image_url", "image_url": {"url": "x"}}
+    refused(server.chat(["one", image]), "messages", "image_url")
+    refused(server.chat(["one", 2]), "messages", "messages[0].content[1]")
 
 
 def test_chat_stream(server) -> None:

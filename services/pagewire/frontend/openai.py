@@ -108,7 +108,8 @@ class MessageIn(Struct, forbid_unknown_fields=True):
     """A message of a conversation: what reaches the chat template."""
 
     role: str
-    content: str | list[Part] | None = None
+    content: str | list[Part | str] | None = None
+    """A string among parts is a text, as in vLLM: LangChain sends lists of strings."""
     name: str | None = None
     tool_calls: list[ToolCallIn] | None = None
     tool_call_id: str | None = None
