@@ -388,15 +388,22 @@ def test_the_page_is_what_the_generator_makes() -> None:
     assert (DOCS / "flags.md").read_text() == module.render(), "run: python docs/generate_flags.py"
 
 
-def test_the_older_spelling_of_the_command() -> None:
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [("api_server", ("--port", "0")), ("run_batch", ("-i", "IN", "-o", "OUT"))],
+)
+def test_the_older_spelling_of_the_command(
+    module: str, arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    files = {"IN": tmp_path / "in.jsonl", "OUT": tmp_path / "out.jsonl"}
+    files["IN"].write_text('{"custom_id": "1", "url": "/v1/completions", "body": {}}\n')
     command = [
         sys.executable,
         "-m",
-        "pagewire.entrypoints.openai.api_server",
+        f"pagewire.entrypoints.openai.{module}",
         "--model",
         "/no/such/model",
-        "--port",
-        "0",
+        *(str(files.get(word, word)) for word in arguments),
     ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 1 and "/no/such/model does not exist" in result.stderr
