@@ -89,6 +89,9 @@ def test_null_is_as_good_as_nothing_for_any_name(server) -> None:
     body = {"no_such_thing": None, "stream_options": {"include_usage": True, "new_option": None}}
     assert server.chat("hi", stream=True, **body).status_code == 200
     assert server.post("/tokenize", prompt="hi", no_such_thing=None).status_code == 200
+    for options in ({}, {"include_usage": None}, {"new_option": None}):
+        assert server.chat("hi", stream_options=options).status_code == 200
+        assert server.complete("hi", stream_options=options).status_code == 200
 
 
 def test_what_programs_note_about_messages_passes(server) -> None:

@@ -24,6 +24,7 @@ from .openai import (
     ChatRequest,
     CompletionRequest,
     Request,
+    StreamOptions,
     is_request_id,
 )
 from .prompts import chat_of, prompts_of
@@ -199,7 +200,7 @@ def _rendering(
     include_reasoning: bool = True,
 ) -> Rendering:
     stream, options = bool(request.stream), request.stream_options
-    if options and not stream:
+    if options not in (None, StreamOptions()) and not stream:
         raise invalid("Stream options can only be defined when `stream=True`.", "stream_options")
     if prompt_logprobs >= 0 and stream:
         raise invalid("`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs")
