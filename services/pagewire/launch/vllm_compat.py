@@ -60,11 +60,7 @@ HARMLESS: Final[dict[str, Foreign]] = {
     ),
     "max_log_len": Foreign("prompts are never logged"),
     "uvicorn_log_level": Foreign("see --log-level"),
-    **_each(
-        "disable_uvicorn_access_log disable_fastapi_docs",
-        "there is no access log and no page of documentation",
-        switch=True,
-    ),
+    "disable_uvicorn_access_log": Foreign("there is no access log", switch=True),
     "swap_space": Foreign("preempted requests are computed again, not swapped"),
     **_each("cpu_offload_gb kv_offloading_size", "weights and KV blocks stay on the device"),
     "enable_chunked_prefill": Foreign("prefill always runs in chunks", ("true",), switch=True),
