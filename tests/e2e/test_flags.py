@@ -99,6 +99,17 @@ def test_the_commands_of_the_tutorials(line: str, wanted: dict[str, Any], said: 
     assert len(lines) == said
 
 
+def test_flags_of_vllm_s_servers_are_known() -> None:
+    """Each is a setting here, or has a line that says what it means."""
+    names = (
+        "disable_fastapi_docs enable_log_outputs log_config_file h11_max_header_count "
+        "enable_tokenizer_info_endpoint enable_ssl_refresh ssl_ciphers hf_token master_port "
+        "default_chat_template_kwargs trust_request_chat_template max_num_queued_reqs "
+        "data_parallel_hybrid_lb enable_eplb kv_cache_metrics allowed_local_media_path"
+    )
+    assert set(names.split()) <= OWN | set(HARMLESS) | set(REFUSED)
+
+
 @pytest.mark.parametrize("name", sorted(set(HARMLESS) - OWN))
 def test_what_changes_no_result_is_accepted_with_one_line(name: str) -> None:
     flag = "--" + name.replace("_", "-")
