@@ -49,6 +49,7 @@ NAMES: dict[str, dict[str, str]] = {
     "vllm.entrypoints.llm": {"LLM": LLM, "SamplingParams": PARAMS, "BeamSearchParams": PARAMS},
     "vllm.entrypoints.openai": {},
     "vllm.entrypoints.openai.api_server": {"main": "entrypoints.openai.api_server"},
+    "vllm.entrypoints.openai.run_batch": {"main": "entrypoints.openai.run_batch"},
 }
 
 

@@ -206,6 +206,9 @@ class FrontendConfig(Struct, frozen=True):
     enable_force_include_usage: Annotated[
         bool, _help("tell the usage in every stream, asked for or not")
     ] = False
+    disable_fastapi_docs: Annotated[
+        bool, _help("no description of the API at /docs and /openapi.json")
+    ] = False
     max_body_mb: Annotated[int, _help("largest request body in MiB", ge=1, le=1024)] = 32
     socket_fd: Annotated[
         int, _help("a listening socket inherited from the parent process", ge=-1)

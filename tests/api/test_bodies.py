@@ -31,6 +31,22 @@ def test_a_body_may_come_with_its_head_or_after_it(server, cut: int) -> None:
     assert found.startswith(b"HTTP/1.1 200") and b'"text_completion"' in found
 
 
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"prompt": "hi"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+        ("/v1/responses", {"input": "hi"}),
+        ("/tokenize", {"prompt": "hi"}),
+    ],
+)
+def test_a_byte_order_mark_is_passed_over(server, path: str, fields: dict[str, object]) -> None:
+    """Editors on Windows begin files with one, and curl sends files as they are."""
+    content = json.dumps(fields).encode("utf-8-sig")
+    assert server.http.post(path, content=content).status_code == 200
+    assert "is empty" in server.http.post(path, content=b"\xef\xbb\xbf").text
+
+
 def test_a_body_that_stops_coming_is_not_waited_for(
     server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import jsonschema
 import pytest
 from api.conftest import serve
+from pagewire.config import FrontendConfig
 from pagewire.frontend.app import make_app
 
 PAGES = ("/", "/v1", "/v1/", "/docs")
@@ -95,6 +96,14 @@ def test_with_keys_the_pages_ask_for_one(guarded) -> None:
     assert guarded.http.get("/docs", headers=key).status_code == 200
     locked = guarded.http.get("/openapi.json", headers=key).json()
     assert locked["security"] == [{"key": []}]
+
+
+def test_the_description_may_be_left_out() -> None:
+    """By vLLM's name for it, though no FastAPI is here: the flag says what it means."""
+    with serve(config=FrontendConfig(disable_fastapi_docs=True)) as bare:
+        for path in ("/docs", "/openapi.json"):
+            assert bare.http.get(path).status_code == 404
+        assert bare.http.get("/").status_code == bare.http.get("/v1/models").status_code == 200
 
 
 def test_every_route_is_described_and_no_other(shared, description) -> None:

@@ -226,6 +226,9 @@ def test_unknown_model(server) -> None:
         )
     assert server.complete("hi", model=MODEL).status_code == 200
     assert server.complete("hi", model=MODEL.rstrip("/")).status_code == 404
+    for nothing in (None, ""):
+        assert server.complete("hi", model=nothing).status_code == 200
+        assert server.chat("hi", model=nothing).status_code == 200
 
 
 def test_unknown_routes_and_methods(server) -> None:

@@ -10,6 +10,7 @@ import httpx2 as httpx
 import openai
 import pytest
 from aiohttp import ClientConnectionResetError, web
+from api.checks import refused
 from api.fake_stack import expected, tokens_of, word
 from pagewire.config import FrontendConfig
 from pagewire_protocol.columns import unpack
@@ -86,6 +87,18 @@ def test_content_parts_and_roles_reach_the_tokenizer(server) -> None:
     ]
 
 
+def test_strings_among_parts_are_texts(server) -> None:
+    """As LangChain sends them, also beside parts with a field that no model reads."""
+    part = {"type": "text", "text": "two", "cache_control": {"type": "ephemeral"}}
+    contents = {"one": ["one"], "one\ntwo": ["one", part]}
+    for text, content in contents.items():
+        assert server.chat(content).status_code == 200
+        assert server.stack.generates()[-1].prompt.chat.messages[0].content == text
+    image = {"type": "image_url", "image_url": {"url": "x"}}
+    refused(server.chat(["one", image]), "messages", "image_url")
+    refused(server.chat(["one", 2]), "messages", "messages[0].content[1]")
+
+
 def test_chat_stream(server) -> None:
     events = server.events(
         "/v1/chat/completions",
@@ -148,11 +161,14 @@ def test_usage_may_be_told_in_every_stream(serve) -> None:
         )
 
 
-def test_an_http_1_0_client_gets_the_stream_unchunked(server) -> None:
+@pytest.mark.parametrize("header", [b"", b"Connection: keep-alive\r\n"])
+def test_an_http_1_0_client_gets_the_stream_unchunked(server, header: bytes) -> None:
+    """The end of the connection is the end of the stream, whatever the client wishes."""
     body = json.dumps({"prompt": "hi", "stream": True, "max_tokens": 2}).encode()
     with socket.create_connection(("127.0.0.1", server.frontend.port), 5) as client:
         client.sendall(
-            b"POST /v1/completions HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+            b"POST /v1/completions HTTP/1.0\r\n%bContent-Length: %d\r\n\r\n" % (header, len(body))
+            + body
         )
         answer = b"".join(iter(lambda: client.recv(65536), b""))
     head, _, events = answer.partition(b"\r\n\r\n")

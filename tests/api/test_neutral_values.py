@@ -89,6 +89,9 @@ def test_null_is_as_good_as_nothing_for_any_name(server) -> None:
     body = {"no_such_thing": None, "stream_options": {"include_usage": True, "new_option": None}}
     assert server.chat("hi", stream=True, **body).status_code == 200
     assert server.post("/tokenize", prompt="hi", no_such_thing=None).status_code == 200
+    for options in ({}, {"include_usage": None}, {"new_option": None}):
+        assert server.chat("hi", stream_options=options).status_code == 200
+        assert server.complete("hi", stream_options=options).status_code == 200
 
 
 def test_what_programs_note_about_messages_passes(server) -> None:
@@ -150,6 +153,11 @@ def test_a_body_without_a_model_is_answered(server) -> None:
 def test_llm_takes_the_same_messages() -> None:
     said = {"role": "assistant", "content": "yes", "tool_calls": [], "refusal": None, "id": "1"}
     refuses = {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}
+    (strings,) = as_chats([{**USER, "content": ["a", {"type": "text", "text": "b"}]}], True, False)
+    assert strings.prompt.chat is not None and strings.prompt.chat.messages[0].content == "a\nb"
+    for content in ({"type": "text", "text": "a"}, ["a", 2]):
+        with pytest.raises(ValueError, match="content must be text"):
+            as_chats([{**USER, "content": content}], True, False)
     (entry,) = as_chats([USER, said, refuses, {**USER, "name": "Bo"}], True, False)
     chat = entry.prompt.chat
     assert chat and [one.content for one in chat.messages] == ["hi", "yes", "no", "hi"]

@@ -46,6 +46,26 @@ def test_without_a_choice_tools_are_not_shown(server) -> None:
         assert generated(server, tool_choice=choice).text.answer is None
 
 
+def allowing(mode: str, *names: str) -> dict[str, object]:
+    named = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": named}}
+
+
+def test_some_of_the_tools_are_allowed(server) -> None:
+    """Clients may send the same tools each time, and say which of them count."""
+    both = [TOOL, {"type": "function", "function": {"name": "g"}}]
+    choices = {"auto": ToolChoice.AUTO, "required": ToolChoice.REQUIRED}
+    for mode, choice in choices.items():
+        generate = generated(server, tools=both, tool_choice=allowing(mode, "g"))
+        assert json.loads(generate.prompt.chat.tools) == both[1:]
+        assert generate.text.answer == AnswerOptions(choice)
+    nothing = generated(server, tools=both, tool_choice=allowing("auto"))
+    assert nothing.prompt.chat.tools == b"" and nothing.text.answer is None
+    for choice in (allowing("required"), allowing("auto", "h"), allowing("none", "f")):
+        refused(server.chat("hi", tools=both, tool_choice=choice), "tool_choice", "`tool_choice")
+    refused(server.chat("hi", tool_choice=allowing("auto", "f")), "tool_choice", "needs `tools`")
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [

@@ -22,6 +22,8 @@ assert LLM is Same is pagewire.LLM and SamplingParams is pagewire.SamplingParams
 from packaging.version import Version
 assert vllm.__version__ == vllm.version.__version__ and Version("0.10") < Version(vllm.__version__) < Version("1")
 assert vllm.__pagewire_version__ == pagewire.__version__ and BeamSearchParams(2, 3).beam_width == 2
+import vllm.entrypoints.openai.run_batch
+assert callable(vllm.entrypoints.openai.run_batch.main)
 assert callable(vllm.entrypoints.openai.api_server.main) and TokensPrompt(prompt_token_ids=[1]) == {"prompt_token_ids": [1]}
 for broken in ("vllm.no_such", "from vllm import AsyncLLMEngine", "import vllm.lora"):
     try:

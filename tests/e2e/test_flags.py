@@ -99,6 +99,17 @@ def test_the_commands_of_the_tutorials(line: str, wanted: dict[str, Any], said: 
     assert len(lines) == said
 
 
+def test_flags_of_vllm_s_servers_are_known() -> None:
+    """Each is a setting here, or has a line that says what it means."""
+    names = (
+        "disable_fastapi_docs enable_log_outputs log_config_file h11_max_header_count "
+        "enable_tokenizer_info_endpoint enable_ssl_refresh ssl_ciphers hf_token master_port "
+        "default_chat_template_kwargs trust_request_chat_template max_num_queued_reqs "
+        "data_parallel_hybrid_lb enable_eplb kv_cache_metrics allowed_local_media_path"
+    )
+    assert set(names.split()) <= OWN | set(HARMLESS) | set(REFUSED)
+
+
 @pytest.mark.parametrize("name", sorted(set(HARMLESS) - OWN))
 def test_what_changes_no_result_is_accepted_with_one_line(name: str) -> None:
     flag = "--" + name.replace("_", "-")
@@ -388,15 +399,22 @@ def test_the_page_is_what_the_generator_makes() -> None:
     assert (DOCS / "flags.md").read_text() == module.render(), "run: python docs/generate_flags.py"
 
 
-def test_the_older_spelling_of_the_command() -> None:
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [("api_server", ("--port", "0")), ("run_batch", ("-i", "IN", "-o", "OUT"))],
+)
+def test_the_older_spelling_of_the_command(
+    module: str, arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    files = {"IN": tmp_path / "in.jsonl", "OUT": tmp_path / "out.jsonl"}
+    files["IN"].write_text('{"custom_id": "1", "url": "/v1/completions", "body": {}}\n')
     command = [
         sys.executable,
         "-m",
-        "pagewire.entrypoints.openai.api_server",
+        f"pagewire.entrypoints.openai.{module}",
         "--model",
         "/no/such/model",
-        "--port",
-        "0",
+        *(str(files.get(word, word)) for word in arguments),
     ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 1 and "/no/such/model does not exist" in result.stderr

@@ -301,6 +301,9 @@ def test_what_cannot_be_started_is_said_in_one_line(tmp_path: Path) -> None:
         result = run(input_file, output_file, *FAKE)
         assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
         assert result.stderr.startswith("pagewire run-batch: ") and words in result.stderr
+    for name in ("-i", "-o"):
+        result = run(source, tmp_path / "out.jsonl", name, "https://a/b.jsonl", *FAKE)
+        assert result.returncode == 2 and "is a URL, and files are needed" in result.stderr
 
 
 def test_chats_on_the_demo_model(tmp_path: Path) -> None:

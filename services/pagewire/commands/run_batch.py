@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
         "-i",
         "--input-file",
         required=True,
-        type=Path,
+        type=_file,
         metavar="FILE",
         help="requests, one JSON object a line",
     )
@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
         "-o",
         "--output-file",
         required=True,
-        type=Path,
+        type=_file,
         metavar="FILE",
         help="answers; an interrupted run goes on where it stopped",
     )
@@ -84,6 +84,15 @@ def main(arguments: list[str]) -> int:
     except EngineError as error:
         print(f"pagewire run-batch: {error}", file=sys.stderr)
         return 1
+
+
+def _file(name: str) -> Path:
+    """vLLM takes URLs here; a Path of one would be a directory `http:`."""
+    if "://" in name:
+        raise argparse.ArgumentTypeError(
+            f"{name} is a URL, and files are needed here: `curl -o FILE URL` fetches one, `curl -T FILE URL` sends it"
+        )
+    return Path(name)
 
 
 def _run(config: stack.StackConfig, options: argparse.Namespace, journal: Journal) -> int:

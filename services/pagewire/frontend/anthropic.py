@@ -319,7 +319,7 @@ def _choose(chat: ChatRequest, choice: AnthropicChoice | None) -> None:
         case "any":
             chat.tool_choice = "required"
         case "tool":
-            chat.tool_choice = NamedTool("function", NamedFunction(choice.name or ""))
+            chat.tool_choice = NamedTool(NamedFunction(choice.name or ""))
         case _:
             raise invalid(
                 f"`tool_choice.type` must be 'auto', 'any', 'tool' or 'none', got {choice.type[:64]!r}.",

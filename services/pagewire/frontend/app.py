@@ -59,7 +59,8 @@ def make_app(state: State) -> web.Application:
     app = web.Application(middlewares=[_guard], client_max_size=state.max_body)
     app[STATE] = state
     app.on_response_prepare.append(_finish_headers)
-    app[ROUTES] = routes = (*_API, *_PROBES, *_PAGES)
+    described = _DESCRIPTION if state.has_docs else ()
+    app[ROUTES] = routes = (*_API, *_PROBES, *_PAGES, *described)
     for route in routes:
         app.router.add_route(route.method, route.path, route.handler)
         if route.method == "GET":
@@ -111,7 +112,6 @@ _API: Final = (
             ("model_info", model_info, "model"),
         )
     ),
-    Route("GET", "/openapi.json", openapi, "This description"),
 )
 _PROBES: Final = (
     Route(
@@ -129,6 +129,9 @@ _PAGES: Final = (
     Route("GET", "/", home, "A page to chat with the model, for browsers"),
     Route("GET", "/v1", home, "The same"),
     Route("GET", "/v1/", home, "The same"),
+)
+_DESCRIPTION: Final = (
+    Route("GET", "/openapi.json", openapi, "This description"),
     Route("GET", "/docs", docs, "This description as a page, for browsers"),
 )
 _OPEN: Final = frozenset({home, *(route.handler for route in _PROBES)})

@@ -232,6 +232,8 @@ async def _stream(request: web.Request, reply: SseReply) -> web.StreamResponse:
     chunked = request.version >= (1, 1)
     if chunked:
         response.enable_chunked_encoding()
+    else:
+        response.force_close()  # nothing but the end of the connection says where the stream ends
     try:
         await response.prepare(request)
         await response.write(b"")

@@ -127,6 +127,7 @@ OF_CHATS: Final = frozenset(
 
 _read_fields: Final = msgspec.json.Decoder(dict[str, Raw])
 _read_objects: Final = msgspec.json.Decoder(list[dict[str, Raw]])
+_read_parts: Final = msgspec.json.Decoder(list[dict[str, Raw] | str])
 
 
 def without_neutral(known: Container[str], body: bytes) -> bytes:
@@ -185,11 +186,12 @@ def _messages(encoded: Raw) -> Raw:
 
 def _parts(encoded: Raw, where: str) -> Raw:
     try:
-        parts = _read_objects.decode(encoded)
+        parts = _read_parts.decode(encoded)
     except msgspec.ValidationError:
         return encoded
     for index, part in enumerate(parts):
-        _drop_unread(part, Part.__struct_fields__, f"{where}[{index}].")
+        if not isinstance(part, str):
+            _drop_unread(part, Part.__struct_fields__, f"{where}[{index}].")
     return Raw(msgspec.json.encode(parts))
 
 

@@ -109,7 +109,8 @@ class MessageIn(Struct, forbid_unknown_fields=True):
     """A message of a conversation: what reaches the chat template."""
 
     role: str
-    content: str | list[Part] | None = None
+    content: str | list[Part | str] | None = None
+    """A string among parts is a text, as in vLLM: LangChain sends lists of strings."""
     name: str | None = None
     tool_calls: list[ToolCallIn] | None = None
     tool_call_id: str | None = None
@@ -143,11 +144,23 @@ class NamedFunction(Struct):
     name: str
 
 
-class NamedTool(Struct):
+class NamedTool(Struct, tag_field="type", tag="function"):
     """A choice of one tool."""
 
-    type: Literal["function"]
     function: NamedFunction
+
+
+class AllowedTools(Struct):
+    """Which of the tools may be called."""
+
+    tools: list[NamedTool]
+    mode: Literal["auto", "required"] = "auto"
+
+
+class AllowedToolsChoice(Struct, tag_field="type", tag="allowed_tools"):
+    """A choice of some of the tools."""
+
+    allowed_tools: AllowedTools
 
 
 if TYPE_CHECKING:
@@ -229,7 +242,7 @@ class ChatRequest(Request, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Raw] | None = None
     tools: list[ToolIn] | None = None
-    tool_choice: str | NamedTool | None = None
+    tool_choice: str | NamedTool | AllowedToolsChoice | None = None
     """`none`, `auto`, `required`, or one function."""
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None

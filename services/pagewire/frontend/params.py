@@ -24,11 +24,12 @@ from .openai import (
     ChatRequest,
     CompletionRequest,
     Request,
+    StreamOptions,
     is_request_id,
 )
 from .prompts import chat_of, prompts_of
 from .rendering import Rendering
-from .tools import answer_options, encoded_tools, template_kwargs
+from .tools import answer_options, encoded_tools, shown_tools, template_kwargs
 
 
 class Plan(Struct, frozen=True):
@@ -120,8 +121,9 @@ def plan_chat(request: ChatRequest, model: ModelFacts) -> Plan:
     if max_tokens is None:
         max_tokens = checked_max_tokens(request.max_tokens, scores_prompt=scores_prompt)
     choices = choices_of(request)
-    tools = encoded_tools(request.tools)
-    options = answer_options(request, model, choices.beams is not None)
+    shown, choice = shown_tools(request)
+    tools = encoded_tools(shown)
+    options = answer_options(request, shown, choice, model, choices.beams is not None)
     may_call = options is not None and options.tool_choice is not ToolChoice.NONE
     chat = chat_of(
         request.messages,
@@ -198,7 +200,7 @@ def _rendering(
     include_reasoning: bool = True,
 ) -> Rendering:
     stream, options = bool(request.stream), request.stream_options
-    if options and not stream:
+    if options not in (None, StreamOptions()) and not stream:
         raise invalid("Stream options can only be defined when `stream=True`.", "stream_options")
     if prompt_logprobs >= 0 and stream:
         raise invalid("`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs")

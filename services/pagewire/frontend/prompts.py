@@ -216,7 +216,9 @@ def _message(index: int, message: MessageIn) -> ChatMessage:
     return ChatMessage(message.role, content, message.name, message_fields(index, message))
 
 
-def _part(index: int, part: Part) -> str:
+def _part(index: int, part: Part | str) -> str:
+    if isinstance(part, str):
+        return part
     text: str | None = text_of_part(part.type, part.text, part.refusal)
     if text is None:
         raise invalid(

@@ -5,6 +5,7 @@ What comes out is bounded: texts by the context, token ids and biases as columns
 limits of their parameters.
 """
 
+import codecs
 from collections.abc import Callable
 from typing import Any, Final, Literal, NamedTuple
 
@@ -129,7 +130,7 @@ def _detokenize(body: bytes, served: Served) -> DetokenizePlan:
 
 
 def _check_name(name: str | None, served: Served) -> None:
-    if name is not None and name not in served.names:
+    if name and name not in served.names:  # an empty one is no name, as in vLLM
         raise unknown_model(name, served.names)
 
 
@@ -146,4 +147,5 @@ KINDS: Final[dict[BodyType, BodyKind]] = {
 
 def read(body_type: BodyType, body: bytes, served: Served) -> Any:
     """The plan in a body. Raises RequestError or ApiError."""
-    return KINDS[body_type].read(body, served)
+    # RFC 8259 lets readers pass over a byte order mark; editors on Windows begin files with one.
+    return KINDS[body_type].read(body.removeprefix(codecs.BOM_UTF8), served)

@@ -27,7 +27,7 @@ from .openai import (
     ToolIn,
 )
 from .params import Plan
-from .tools import check_name
+from .tools import check_allowed, check_name
 
 _NULL: Final[Any] = field(default_factory=lambda: Raw(b"null"))
 SEALED: Final = "pagewire:"
@@ -284,11 +284,7 @@ def _allowed(
             allowed.add(names.shown(tool.namespace, tool.name or ""))
         else:
             ignored.add(f"tool {tool.type}")
-    unknown = sorted(allowed - {tool.function.name for tool in tools})
-    if unknown:
-        raise invalid(
-            f"`tool_choice` allows {unknown[0][:64]!r}, which is none of `tools`.", "tool_choice"
-        )
+    check_allowed(allowed, tools)
     return [tool for tool in tools if tool.function.name in allowed]
 
 
@@ -298,7 +294,7 @@ def _choice(
     if choice is None or (isinstance(choice, str) and (tools or choice in ("auto", "none"))):
         return choice if tools else None
     if isinstance(choice, ResponsesChoice) and choice.type == "function":
-        return NamedTool("function", NamedFunction(names.shown(None, choice.name or "")))
+        return NamedTool(NamedFunction(names.shown(None, choice.name or "")))
     kind = choice if isinstance(choice, str) else choice.type
     raise invalid(
         f"`tool_choice` {kind[:64]!r} is not possible here; 'none', 'auto', 'required' or one of the "

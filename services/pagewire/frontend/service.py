@@ -144,6 +144,7 @@ class Service:
             max_body=config.max_body_mb << 20,
             large_bodies=LargeBodies(LARGE_BODIES * (config.max_body_mb << 20)),
             force_usage=config.enable_force_include_usage,
+            has_docs=not config.disable_fastapi_docs,
             keep_alive_s=config.sse_keep_alive_interval,
             request_timeout_s=config.request_timeout,
             started=int(time.time()),

@@ -47,6 +47,8 @@ class State(Struct):
     tokenizer_path: str = ""
     force_usage: bool = False
     """Streams report their usage whether the client asks for it or not."""
+    has_docs: bool = True
+    """Whether /docs and /openapi.json are there."""
     keep_alive_s: float = 0.0
     """A stream that is silent for so long is pinged; 0: never."""
     request_timeout_s: float = 0.0

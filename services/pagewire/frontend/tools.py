@@ -17,7 +17,7 @@ from pagewire_protocol.structs import MAX_MESSAGE_FIELDS, MAX_TOOLS
 from ..requests.errors import invalid
 from ..requests.model_facts import ModelFacts
 from ..requests.parameters import MAX_INT32
-from .openai import ChatRequest, MessageIn, NamedTool, ToolCallIn, ToolIn
+from .openai import AllowedToolsChoice, ChatRequest, MessageIn, NamedTool, ToolCallIn, ToolIn
 
 FUNCTION_NAME: Final = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -27,6 +27,7 @@ _CHOICES: Final = {
     "required": ToolChoice.REQUIRED,
 }
 Kwargs = dict[str, Raw]
+Choice = str | NamedTool | None
 
 
 def encoded_tools(tools: list[ToolIn] | None, param: str = "tools") -> bytes:
@@ -52,10 +53,39 @@ def check_name(name: str, place: str, param: str) -> None:
         )
 
 
-def answer_options(request: ChatRequest, model: ModelFacts, beams: bool) -> AnswerOptions | None:
-    """What the request says of its answer's parts; None where the answer has none. Raises
-    RequestError."""
-    choice, name = _choice(request)
+def shown_tools(request: ChatRequest) -> tuple[list[ToolIn] | None, Choice]:
+    """The tools that the model is shown, and the choice among them. Of `allowed_tools` it is shown
+    the allowed ones alone, since it is not held to some of what it sees. Raises RequestError."""
+    choice = request.tool_choice
+    if not isinstance(choice, AllowedToolsChoice):
+        return request.tools, choice
+    if request.tools is None:
+        raise invalid("`tool_choice` needs `tools`.", "tool_choice")
+    allowed = {tool.function.name for tool in choice.allowed_tools.tools}
+    check_allowed(allowed, request.tools)
+    shown = [tool for tool in request.tools if tool.function.name in allowed]
+    return shown or None, choice.allowed_tools.mode
+
+
+def check_allowed(allowed: set[str], tools: list[ToolIn]) -> None:
+    """Raises RequestError for a name that is none of the tools'."""
+    unknown = sorted(allowed - {tool.function.name for tool in tools})
+    if unknown:
+        raise invalid(
+            f"`tool_choice` allows {unknown[0][:64]!r}, which is none of `tools`.", "tool_choice"
+        )
+
+
+def answer_options(
+    request: ChatRequest,
+    tools: list[ToolIn] | None,
+    tool_choice: Choice,
+    model: ModelFacts,
+    beams: bool,
+) -> AnswerOptions | None:
+    """What the request says of its answer's parts, with the `shown_tools`; None where the answer has
+    none. Raises RequestError."""
+    choice, name = _choice(tools, tool_choice)
     budget = request.thinking_token_budget
     if budget is not None and not 0 <= budget <= MAX_INT32:
         raise invalid(
@@ -68,8 +98,8 @@ def answer_options(request: ChatRequest, model: ModelFacts, beams: bool) -> Answ
             "thinking_token_budget",
         )
     if beams:
-        if request.tools or budget is not None:
-            param = "tools" if request.tools else "thinking_token_budget"
+        if tools or budget is not None:
+            param = "tools" if tools else "thinking_token_budget"
             raise invalid(f"`{param}` is not supported together with beam search.", param)
         return None
     if choice is ToolChoice.NONE and not model.has_reasoning:
@@ -78,9 +108,8 @@ def answer_options(request: ChatRequest, model: ModelFacts, beams: bool) -> Answ
     return AnswerOptions(choice, name, parallel, -1 if budget is None else budget)
 
 
-def _choice(request: ChatRequest) -> tuple[ToolChoice, str]:
-    choice = request.tool_choice
-    if request.tools is None:
+def _choice(tools: list[ToolIn] | None, choice: Choice) -> tuple[ToolChoice, str]:
+    if tools is None:
         if choice in (None, "none", "auto"):
             return ToolChoice.NONE, ""
         raise invalid("`tool_choice` needs `tools`.", "tool_choice")
@@ -93,7 +122,7 @@ def _choice(request: ChatRequest) -> tuple[ToolChoice, str]:
                 "tool_choice",
             )
         return _CHOICES[choice], ""
-    return ToolChoice.NAMED, _named(choice, request.tools)
+    return ToolChoice.NAMED, _named(choice, tools)
 
 
 def _named(choice: NamedTool, tools: list[ToolIn]) -> str:

@@ -39,6 +39,7 @@ BY_RANKS: Final = "a model is divided by --tensor-parallel-size and --pipeline-p
 BY_RAY: Final = (
     "hosts are joined by `ray start`, and --distributed-executor-backend ray places ranks on them"
 )
+SEVERAL_STACKS: Final = "copies of a model on several hosts are several stacks"
 NO_LORA: Final = "LoRA adapters are not supported in this version"
 NO_TOOLS: Final = "tool calls are not supported in this version"
 NO_IMAGES: Final = "only text is supported"
@@ -60,10 +61,13 @@ HARMLESS: Final[dict[str, Foreign]] = {
     ),
     "max_log_len": Foreign("prompts are never logged"),
     "uvicorn_log_level": Foreign("see --log-level"),
+    "disable_uvicorn_access_log": Foreign("there is no access log", switch=True),
+    "disable_access_log_for_endpoints": Foreign("there is no access log"),
+    "log_config_file": Foreign("see --log-level"),
+    **_each("enable_log_outputs enable_log_deltas", "answers are never logged", switch=True),
     **_each(
-        "disable_uvicorn_access_log disable_fastapi_docs",
-        "there is no access log and no page of documentation",
-        switch=True,
+        "h11_max_incomplete_event_size h11_max_header_count",
+        "a request's head may have 128 headers, and lines of 8,190 bytes",
     ),
     "swap_space": Foreign("preempted requests are computed again, not swapped"),
     **_each("cpu_offload_gb kv_offloading_size", "weights and KV blocks stay on the device"),
@@ -75,13 +79,14 @@ HARMLESS: Final[dict[str, Foreign]] = {
     **_each(
         "cudagraph_capture_sizes compilation_config optimization_level performance_mode", OWN_CHOICE
     ),
+    **_each("attention_config kernel_config", OWN_CHOICE),
     **_each(
         "attention_backend moe_backend linear_backend mamba_backend model_impl guided_decoding_backend",
         OWN_CHOICE,
         neutral=("auto", *OFF),
     ),
     **_each(
-        "disable_custom_all_reduce disable_nccl_for_dp_synchronization",
+        "disable_custom_all_reduce disable_nccl_for_dp_synchronization kv_sharing_fast_prefill enable_dbo",
         OWN_CHOICE,
         switch=True,
     ),
@@ -90,6 +95,11 @@ HARMLESS: Final[dict[str, Foreign]] = {
         "ranks divide each expert between them",
         switch=True,
     ),
+    **_each(
+        "all2all_backend expert_placement_strategy eplb_config",
+        "ranks divide each expert between them",
+    ),
+    **_each("enable_eplb", "ranks divide each expert between them", switch=True),
     "ray_workers_use_nsight": Foreign("no profiler is started; see --log-kernels", switch=True),
     **_each(
         "worker_use_ray engine_use_ray",
@@ -101,7 +111,8 @@ HARMLESS: Final[dict[str, Foreign]] = {
         "there is nothing to set here",
     ),
     **_each(
-        "use_v2_block_manager async_scheduling disable_async_output_proc enable_flashinfer_autotune",
+        "use_v2_block_manager async_scheduling disable_async_output_proc enable_flashinfer_autotune "
+        "disable_hybrid_kv_cache_manager log_error_stack aggregate_engine_logging",
         "there is nothing to switch",
         switch=True,
     ),
@@ -111,12 +122,18 @@ HARMLESS: Final[dict[str, Foreign]] = {
         neutral=("true",),
         switch=True,
     ),
-    "enable_request_id_headers": Foreign("always on", ("true",), switch=True),
+    **_each(
+        "enable_request_id_headers enable_tokenizer_info_endpoint enable_offline_docs",
+        "always on",
+        neutral=("true",),
+        switch=True,
+    ),
     "disable_frontend_multiprocessing": Foreign(
         "the frontend is always a process of its own", switch=True
     ),
     **_each(
-        "preemption_mode prefix_caching_hash_algo long_prefill_token_threshold",
+        "preemption_mode prefix_caching_hash_algo long_prefill_token_threshold "
+        "max_num_partial_prefills max_long_partial_prefills",
         "the scheduler has one way",
     ),
     "scheduling_policy": Foreign(
@@ -128,6 +145,12 @@ HARMLESS: Final[dict[str, Foreign]] = {
     "otlp_traces_endpoint": Foreign("there are no traces in this version"),
     "collect_detailed_traces": Foreign("there are no traces in this version"),
     "enable_server_load_tracking": Foreign("/metrics has the load", switch=True),
+    **_each(
+        "kv_cache_metrics cudagraph_metrics enable_mfu_metrics",
+        "/metrics has what there is",
+        switch=True,
+    ),
+    "kv_cache_metrics_sample": Foreign("/metrics has what there is"),
     "ignore_patterns": Foreign("only what is needed is downloaded"),
     "output_tmp_dir": Foreign("run-batch writes answers to the output file as they come"),
     "enable_metrics": Foreign(
@@ -138,7 +161,9 @@ HARMLESS: Final[dict[str, Foreign]] = {
     ),
     **_each("numa_bind profiler_config additional_config", "there is nothing to set here"),
     **_each(
-        "limit_mm_per_prompt mm_processor_kwargs media_io_kwargs mm_processor_cache_gb", NO_IMAGES
+        "limit_mm_per_prompt mm_processor_kwargs media_io_kwargs mm_processor_cache_gb "
+        "mm_processor_cache_type mm_encoder_tp_mode allowed_local_media_path allowed_media_domains",
+        NO_IMAGES,
     ),
     **_each(
         "language_model_only skip_mm_profiling disable_mm_preprocessor_cache disable_chunked_mm_input",
@@ -159,12 +184,19 @@ REFUSED: Final[dict[str, Foreign]] = {
     ),
     **_each("prefill_context_parallel_size", BY_RANKS, neutral=("1",), refused=True),
     "nnodes": Foreign(BY_RAY, ("1",), True),
-    **_each("node_rank master_addr", BY_RAY, refused=True),
+    **_each("node_rank master_addr master_port", BY_RAY, refused=True),
     **_each(
-        "data_parallel_rank data_parallel_address",
-        "copies of a model on several hosts are several stacks",
+        "data_parallel_rank data_parallel_start_rank data_parallel_address data_parallel_rpc_port",
+        SEVERAL_STACKS,
         refused=True,
     ),
+    **_each(
+        "data_parallel_hybrid_lb data_parallel_external_lb",
+        SEVERAL_STACKS,
+        refused=True,
+        switch=True,
+    ),
+    "data_parallel_backend": Foreign(SEVERAL_STACKS, ("mp", *OFF), True),
     **_each("quantization_config quantization_param_path", QUANTIZATION, refused=True),
     **_each("enable_lora fully_sharded_loras", NO_LORA, refused=True, switch=True),
     **_each(
@@ -197,6 +229,20 @@ REFUSED: Final[dict[str, Foreign]] = {
     **_each(
         "rope_scaling rope_theta hf_overrides",
         "change config.json beside the weights instead",
+        refused=True,
+    ),
+    "default_chat_template_kwargs": Foreign(
+        "give `chat_template_kwargs` with each request", refused=True
+    ),
+    "trust_request_chat_template": Foreign(
+        "the chat template is the server's, see --chat-template", refused=True, switch=True
+    ),
+    "hf_token": Foreign("set the variable HF_TOKEN: flags are seen by all users", refused=True),
+    "enable_ssl_refresh": Foreign("certificates are read at the start", refused=True, switch=True),
+    "ssl_ciphers": Foreign("TLS has the ciphers that OpenSSL chooses", refused=True),
+    **_each(
+        "max_num_queued_reqs max_num_queued_tokens",
+        "--max-queued-reqs and --max-queued-tokens bound what waits, --max-num-seqs what runs",
         refused=True,
     ),
     "override_generation_config": Foreign("give such values with each request", refused=True),

@@ -242,9 +242,11 @@ def _fields(message: Mapping[str, Any], index: int) -> bytes:
 def _content(content: Any, index: int) -> str:
     if content is None or isinstance(content, str):
         return content or ""
+    if isinstance(content, Mapping):
+        raise ValueError(f"conversation {index}: content must be text, got {content!r:.80}")
     parts: list[str] = []
     for part in content:
-        text = None
+        text = part if isinstance(part, str) else None
         if isinstance(part, Mapping):
             text = text_of_part(part.get("type"), part.get("text"), part.get("refusal"))
         if not isinstance(text, str):
