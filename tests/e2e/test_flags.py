@@ -2,6 +2,7 @@
 and what is said of the rest."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -99,11 +100,17 @@ def test_the_commands_of_the_tutorials(line: str, wanted: dict[str, Any], said: 
     assert len(lines) == said
 
 
+def test_the_hub_s_token_goes_into_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "old")
+    _, lines = parse("M", "--hf-token", "new")
+    assert os.environ["HF_TOKEN"] == "new" and not lines
+
+
 def test_flags_of_vllm_s_servers_are_known() -> None:
     """Each is a setting here, or has a line that says what it means."""
     names = (
         "disable_fastapi_docs enable_log_outputs log_config_file h11_max_header_count "
-        "enable_tokenizer_info_endpoint enable_ssl_refresh ssl_ciphers hf_token master_port "
+        "enable_tokenizer_info_endpoint enable_ssl_refresh ssl_ciphers master_port "
         "default_chat_template_kwargs trust_request_chat_template max_num_queued_reqs "
         "data_parallel_hybrid_lb enable_eplb kv_cache_metrics allowed_local_media_path"
     )

@@ -237,7 +237,6 @@ REFUSED: Final[dict[str, Foreign]] = {
     "trust_request_chat_template": Foreign(
         "the chat template is the server's, see --chat-template", refused=True, switch=True
     ),
-    "hf_token": Foreign("set the variable HF_TOKEN: flags are seen by all users", refused=True),
     "enable_ssl_refresh": Foreign("certificates are read at the start", refused=True, switch=True),
     "ssl_ciphers": Foreign("TLS has the ciphers that OpenSSL chooses", refused=True),
     **_each(
