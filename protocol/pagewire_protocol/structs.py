@@ -30,6 +30,14 @@ from .grammar import Grammar
 from .sampling import Sampling, SamplingDefaults, TokenId
 
 MAX_TEMPLATE_KWARGS: Final = 65_536
+RESERVED_TEMPLATE_KWARGS: Final = (
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "messages",
+    "tokenize",
+)
+"""Variables of a chat template that are parameters of their own."""
 """Bytes of JSON."""
 MAX_IGNORED: Final = 512
 """Characters of a list of keywords."""

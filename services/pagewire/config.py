@@ -7,6 +7,7 @@ flags and `read` turns parsed flags into the Struct, so that a setting is writte
 
 import argparse
 import contextlib
+import json
 import os
 import types
 import typing
@@ -17,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 from pagewire_protocol.agreed import MAX_STEPS_IN_FLIGHT
+from pagewire_protocol.structs import MAX_TEMPLATE_KWARGS, RESERVED_TEMPLATE_KWARGS
 
 from .checkpoint import quantization
 
@@ -224,6 +226,12 @@ class TokenizerConfig(Struct, frozen=True):
         str,
         _help(
             "how the model marks its reasoning, by vLLM's names; found from its template without"
+        ),
+    ] = ""
+    default_chat_template_kwargs: Annotated[
+        str,
+        _help(
+            "variables of the chat template where a request does not give them, as a JSON object, like '{\"enable_thinking\": false}'"
         ),
     ] = ""
 
@@ -499,6 +507,26 @@ class BadSetting(ValueError):
         self.name = name
         self.value = value
         self.reason = reason
+
+
+def template_defaults(config: TokenizerConfig) -> dict[str, Any]:
+    """The variables in `default_chat_template_kwargs`. Raises BadSetting."""
+    name, text = "default_chat_template_kwargs", config.default_chat_template_kwargs
+    if not text:
+        return {}
+    try:
+        given: Any = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadSetting(name, text, f"that is no JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise BadSetting(name, text, "it must be a JSON object")
+    for reserved in RESERVED_TEMPLATE_KWARGS:
+        if reserved in given:
+            raise BadSetting(name, text, f"it must not hold {reserved!r}, which requests say apart")
+    if len(text) > MAX_TEMPLATE_KWARGS:
+        reason = f"{len(text)} characters, and at most {MAX_TEMPLATE_KWARGS} are allowed"
+        raise BadSetting(name, f"{text[:40]}...", reason)
+    return given
 
 
 WORDS = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"}

@@ -2,6 +2,7 @@
 and what is said of the rest."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pagewire.config import template_defaults
 from pagewire.launch.serve import flags
 from pagewire.launch.stack import StackConfig
 from pagewire.launch.vllm_compat import ALIASES, HARMLESS, REFUSED
@@ -104,6 +106,23 @@ def test_the_hub_s_token_goes_into_the_environment(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("HF_TOKEN", "old")
     _, lines = parse("M", "--hf-token", "new")
     assert os.environ["HF_TOKEN"] == "new" and not lines
+
+
+def test_variables_of_the_chat_template_are_json(capsys: pytest.CaptureFixture[str]) -> None:
+    flag = "--default-chat-template-kwargs"
+    config, lines = parse("M", flag, '{"enable_thinking": false}')
+    assert template_defaults(config.tokenizer) == {"enable_thinking": False} and not lines
+    for value, words in [
+        ("{", "that is no JSON"),
+        ("[1]", "must be a JSON object"),
+        ('{"messages": []}', "'messages', which requests say apart"),
+        (json.dumps({"a": "x" * 70_000}), "at most 65536"),
+    ]:
+        assert words in refused(capsys, "M", flag, value)
+    given = configure({"model": "M", "default_chat_template_kwargs": {"enable_thinking": False}})
+    assert template_defaults(given.tokenizer) == {"enable_thinking": False}
+    with pytest.raises(ValueError, match="must be a JSON object"):
+        configure({"model": "M", "default_chat_template_kwargs": "1"})
 
 
 def test_flags_of_vllm_s_servers_are_known() -> None:

@@ -49,6 +49,16 @@ def test_as_transformers(name: str, add_generation_prompt: bool):
     )
 
 
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [(b"", "no 1"), (b'{"enable_thinking": true}', "yes 1"), (b'{"more": 2}', "no 2")],
+)
+def test_variables_that_a_request_does_not_give_have_defaults(given: bytes, shown: str):
+    source = "{{ 'yes' if enable_thinking else 'no' }} {{ more }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    template = ChatTemplate(source, {}, defaults={"enable_thinking": False, "more": 1})
+    assert template.render(chat([("user", "")], template_kwargs=given)) == shown
+
+
 @pytest.mark.parametrize("name", ["chatml", "llama2"])
 @pytest.mark.parametrize("last", ["The answer is", "The answer is  ", "  The"])
 def test_continue_final_message_as_transformers(name: str, last: str):

@@ -12,6 +12,7 @@ from pagewire_protocol.structs import (
     MAX_MESSAGE_ROLE,
     MAX_MESSAGES,
     MAX_TEMPLATE_KWARGS,
+    RESERVED_TEMPLATE_KWARGS,
     Chat,
     ChatMessage,
     Prompt,
@@ -30,14 +31,6 @@ QUERY_CHARACTERS: Final = 1 << 20
 QUERY_IDS: Final = 1 << 18
 """A text to tokenize, and token ids to detokenize, may be as long as the context, and so long in any
 case."""
-RESERVED: Final = (
-    "add_generation_prompt",
-    "chat_template",
-    "continue_final_message",
-    "messages",
-    "tokenize",
-)
-"""Variables of a chat template that are parameters of their own."""
 _NO_TEXT: Final = "This server runs without a tokenizer (--skip-tokenizer-init)"
 
 
@@ -183,7 +176,7 @@ def chat_of(
 def _template_kwargs(kwargs: dict[str, Raw] | None) -> bytes:
     if not kwargs:
         return b""
-    for name in RESERVED:
+    for name in RESERVED_TEMPLATE_KWARGS:
         if name in kwargs:
             raise invalid(f"`chat_template_kwargs` must not hold `{name}`.", "chat_template_kwargs")
     data = msgspec.json.encode(kwargs)

@@ -24,6 +24,7 @@ from ..config import (
     WorkerConfig,
     add_flags,
     setting_of,
+    template_defaults,
     variable_of,
 )
 from ..frontend.auth import KEYS_VARIABLE
@@ -175,6 +176,7 @@ def configure(
     }
     config = stack.StackConfig(run, model, tokenizer, scheduler, worker, frontend, **counts)
     try:
+        template_defaults(tokenizer)
         return stack.check_workers(config) if runs_here else config
     except BadSetting as error:
         return parser.error(str(error))

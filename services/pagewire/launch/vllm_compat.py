@@ -231,9 +231,6 @@ REFUSED: Final[dict[str, Foreign]] = {
         "change config.json beside the weights instead",
         refused=True,
     ),
-    "default_chat_template_kwargs": Foreign(
-        "give `chat_template_kwargs` with each request", refused=True
-    ),
     "trust_request_chat_template": Foreign(
         "the chat template is the server's, see --chat-template", refused=True, switch=True
     ),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import structs
 from pagewire_protocol.sampling import SamplingDefaults
 
-from ..config import DEMO_MODEL
+from ..config import DEMO_MODEL, template_defaults
 from ..process.errors import missing_package
 from ..requests.model_facts import model_facts
 from ..requests.retries import REQUESTS_AHEAD
@@ -260,7 +260,8 @@ class LLM:
         with _named_packages():
             from .local_tokenizer import call_template
 
-            return call_template(self._engine.tokenizer_path, chat_template)
+            defaults = template_defaults(self._config.tokenizer)
+            return call_template(self._engine.tokenizer_path, chat_template, defaults)
 
     def __enter__(self) -> "LLM":
         return self

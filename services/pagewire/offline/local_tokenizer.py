@@ -1,7 +1,7 @@
 """The tokenizer of a model in the program itself: for those who render or count before they
 generate. Knows files, no services."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,11 +44,12 @@ class CallTemplate(NamedTuple):
     """The tokens that it ends turns with."""
 
 
-def call_template(path: Path, chat_template: str) -> CallTemplate:
-    """`path`: of the tokenizer. `chat_template`: as of --chat-template. Raises ValueError."""
+def call_template(path: Path, chat_template: str, defaults: Mapping[str, Any]) -> CallTemplate:
+    """`path`: of the tokenizer. `chat_template`: as of --chat-template. `defaults`: its variables
+    where a call does not give them. Raises ValueError."""
     loaded = load(path)
     source = read_option(chat_template)
-    template = ChatTemplate(source, loaded.names)
+    template = ChatTemplate(source, loaded.names, defaults=dict(defaults))
 
     def find(texts: Iterable[str]) -> dict[str, int]:
         ids = {text: loaded.tokenizer.token_to_id(text) for text in texts}

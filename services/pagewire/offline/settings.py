@@ -1,8 +1,9 @@
 """The settings of `LLM` from keyword arguments, in a program's words. Starts nothing."""
 
 import argparse
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from msgspec import structs
@@ -16,6 +17,7 @@ from ..config import (
     WorkerConfig,
     as_number,
     read,
+    template_defaults,
 )
 from ..launch.stack import StackConfig, check_workers, notes
 from ..launch.vllm_compat import ALIASES, FOREIGN, Refused, judge_all
@@ -64,6 +66,7 @@ def configure(
         config = check_workers(
             StackConfig(**{name: read(kind, namespace) for name, kind in STRUCTS.items()}, **counts)
         )
+        template_defaults(config.tokenizer)
     except BadSetting as error:
         raise ValueError(f"{error.name}={error.value!r}: {error.reason}") from None
     for line in notes(config.worker, _as_argument):
@@ -88,6 +91,9 @@ def _normal(settings: dict[str, Any]) -> dict[str, Any]:
         )
     if "dtype" in settings and not isinstance(settings["dtype"], str):
         settings["dtype"] = str(settings["dtype"]).removeprefix("torch.")
+    variables = settings.get("default_chat_template_kwargs")
+    if isinstance(variables, Mapping):
+        settings["default_chat_template_kwargs"] = json.dumps(variables)
     length = settings.get("max_model_len")
     if length in (-1, "auto"):
         settings["max_model_len"] = 0

@@ -44,7 +44,7 @@ from pagewire_protocol.sampling import SamplingDefaults
 from ..checkpoint import model_types
 from ..checkpoint.chat_templates import read_option
 from ..checkpoint.sampling_defaults import sampling_defaults
-from ..config import ModelConfig, RunConfig, TokenizerConfig
+from ..config import ModelConfig, RunConfig, TokenizerConfig, template_defaults
 from ..hub.huggingface import cached, has_own_tokenizer, resolve, tokenizer_model
 from ..process.node import MANY_OBJECTS, Node, settle_gc
 from .answers.model import ModelAnswers
@@ -89,7 +89,8 @@ class Text:
         tokenizer = loaded.tokenizer if loaded else None
         template = None
         if loaded and loaded.chat_template:
-            template = ChatTemplate(loaded.chat_template, loaded.names)
+            variables = template_defaults(config)
+            template = ChatTemplate(loaded.chat_template, loaded.names, defaults=variables)
         self.decoding = Decoding(tokenizer)
         self.answers: ModelAnswers | None = None
         if template is not None:

@@ -133,17 +133,23 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class ChatTemplate:
-    """One compiled template. `names` are the special tokens it may use, like bos_token. Raises
-    ValueError when it does not compile."""
+    """One compiled template. `names` are the special tokens it may use, like bos_token;
+    `defaults` further variables where a request does not give them. Raises ValueError when it does
+    not compile."""
 
     def __init__(
-        self, source: str, names: dict[str, str], limit: RenderLimit | None = None
+        self,
+        source: str,
+        names: dict[str, str],
+        limit: RenderLimit | None = None,
+        defaults: Message | None = None,
     ) -> None:
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template does not compile: {error}") from None
         self._names = names
+        self._defaults = defaults or {}
         self._source = source
         self._knows_developer = "developer" in source
         self._forms: dict[int, Forms | None] = {}
@@ -170,7 +176,7 @@ class ChatTemplate:
         if key not in self._generation_prompts:
             if len(self._generation_prompts) >= MAX_SHAPES:
                 self._generation_prompts.clear()
-            values = _values(replace(chat, tools=b""))
+            values = self._values(replace(chat, tools=b""))
             self._generation_prompts[key] = self._begun_answer(values, _HELLO) or ""
         usual = self._generation_prompts[key]
         if usual and rendered.endswith(usual):
@@ -251,7 +257,7 @@ class ChatTemplate:
     def _render_chat(self, chat: Chat, written: tuple[list[Any], str] | None) -> str:
         """`written`: tools that are written into the messages, and the role of the one that holds
         them."""
-        values = _values(chat)
+        values = self._values(chat)
         if chat.continue_final_message and chat.add_generation_prompt:
             raise TemplateRefused(
                 "continue_final_message and add_generation_prompt exclude each other; set one of them to false"
@@ -271,6 +277,33 @@ class ChatTemplate:
         if forms is None:
             _check_contained(messages, texts, rendered)
         return _cut(rendered) if chat.continue_final_message else rendered
+
+    def _values(self, chat: Chat) -> dict[str, Any]:
+        """The template's variables besides the messages and the special tokens. Raises
+        TemplateRefused."""
+        tools = json.loads(chat.tools) if chat.tools else None
+        values = {
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": chat.add_generation_prompt,
+            **self._defaults,
+        }
+        if not chat.template_kwargs:
+            return values
+        try:
+            extra = json.loads(chat.template_kwargs)
+        except (ValueError, RecursionError) as error:
+            raise TemplateRefused(f"chat_template_kwargs is not JSON: {error}") from None
+        if not isinstance(extra, dict):
+            raise TemplateRefused("chat_template_kwargs must be an object of names and values")
+        taken = OWN_NAMES & extra.keys()
+        if taken:
+            raise TemplateRefused(
+                f"chat_template_kwargs: {', '.join(sorted(taken))} is given by a field of the request itself"
+            )
+        if chat.tools:
+            extra.pop("tools", None)
+        return {**values, **extra}
 
     def _message(self, message: ChatMessage) -> Message:
         """`developer` is OpenAI's newer name of `system`: a template that does not know it gets the
@@ -414,33 +447,6 @@ def _left_out(messages: list[Message], index: int) -> TemplateRefused:
         f"the chat template of this model leaves out messages[{index}] (role {messages[index]['role']!r}); "
         "leave that message out, give it another role, or start the server with another --chat-template"
     )
-
-
-def _values(chat: Chat) -> dict[str, Any]:
-    """The template's variables besides the messages and the special tokens. Raises
-    TemplateRefused."""
-    tools = json.loads(chat.tools) if chat.tools else None
-    values = {
-        "tools": tools,
-        "documents": None,
-        "add_generation_prompt": chat.add_generation_prompt,
-    }
-    if not chat.template_kwargs:
-        return values
-    try:
-        extra = json.loads(chat.template_kwargs)
-    except (ValueError, RecursionError) as error:
-        raise TemplateRefused(f"chat_template_kwargs is not JSON: {error}") from None
-    if not isinstance(extra, dict):
-        raise TemplateRefused("chat_template_kwargs must be an object of names and values")
-    taken = OWN_NAMES & extra.keys()
-    if taken:
-        raise TemplateRefused(
-            f"chat_template_kwargs: {', '.join(sorted(taken))} is given by a field of the request itself"
-        )
-    if chat.tools:
-        extra.pop("tools", None)
-    return {**values, **extra}
 
 
 def _cut(rendered: str) -> str:
