@@ -9,7 +9,7 @@ from pagewire.config import ModelConfig
 from pagewire.worker.load import kv_sizing
 from pagewire.worker.models import describe
 from pagewire.worker.models.architecture import Unsupported
-from pagewire.worker.models.rope import Rope
+from pagewire.worker.models.rope import Rope, read_rope
 from pagewire.worker.models.rotary import order
 from pagewire_protocol.messages import pack
 from pagewire_protocol.sampling import Sampling
@@ -170,6 +170,36 @@ def test_phi3_with_scaling_as_first_published(tiny, harness, numbers, tmp_path):
         reference.path, tmp_path, rope_parameters=None, rope_theta=1e4, rope_scaling=older
     )
     close(harness(path).logits(tokens, 80), reference.logits(tokens))
+
+
+LINEAR = {"type": "linear", "factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}
+
+
+@pytest.mark.parametrize(("variant", "scaling"), [("llama", LINEAR), ("qwen3", YARN)])
+def test_scaling_added_by_hand_beside_rope_parameters(
+    variant, scaling, tiny, harness, numbers, tmp_path
+):
+    """As transformers reads it: it goes before the scaling that the file has."""
+    import transformers
+
+    reference, tokens = tiny(variant), numbers(60)
+    path = rewritten(reference.path, tmp_path, rope_scaling=scaling)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.inference_mode():
+        wanted = model(torch.tensor([tokens])).logits[0]
+    assert (wanted - reference.logits(tokens)).abs().max() > 1e-2
+    close(harness(path).logits(tokens, 60), wanted)
+
+
+def test_the_base_of_rope_parameters_stays_beside_another_scaling():
+    config = {
+        "model_type": "llama",
+        "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    }
+    rope = read_rope(config | {"rope_scaling": YARN}, 16)
+    assert (rope.theta, rope.kind, rope.factor) == (1e6, "yarn", 2.0)
 
 
 GEMMA3_OLD = {
