@@ -202,6 +202,17 @@ def test_the_base_of_rope_parameters_stays_beside_another_scaling():
     assert (rope.theta, rope.kind, rope.factor) == (1e6, "yarn", 2.0)
 
 
+def test_buffers_of_rotations_are_passed_over(tiny, harness, numbers, tmp_path):
+    reference, tokens = tiny("llama"), numbers(30)
+    layer = "model.layers.0.self_attn.rotary_emb"
+    extra = {
+        f"{layer}.{name}": torch.ones(1, 1, 4, 16)
+        for name in ("inv_freq", "cos_cached", "sin_cached")
+    }
+    path = rewritten(reference.path, tmp_path, extra=extra)
+    close(harness(path).logits(tokens, 30), reference.logits(tokens))
+
+
 GEMMA3_OLD = {
     "rope_parameters": None,
     "layer_types": None,

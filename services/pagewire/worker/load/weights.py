@@ -39,8 +39,12 @@ Skip = Callable[[str], bool]
 DUMMY_STD: Final = 0.02
 GROUP: Final = 16
 """Tensors dequantized at a time: bounds what waits in float32."""
-IGNORED: Final = "rotary_emb.inv_freq"
-"""A buffer that old checkpoints carry along and that follows from the configuration."""
+IGNORED: Final = (
+    "rotary_emb.inv_freq",
+    "rotary_emb.cos_cached",
+    "rotary_emb.sin_cached",
+)
+"""Buffers that old checkpoints carry along and that follow from the configuration."""
 
 
 def load(
