@@ -362,6 +362,25 @@ def test_experts(tiny: Any, harness: Any, numbers: Any, tmp_path: Path) -> None:
     assert (ours - wanted).abs().max() < 1e-5 * float(wanted.abs().max())
 
 
+def test_biases_of_zeros_that_the_model_does_not_have(
+    tiny: Any, harness: Any, numbers: Any, tmp_path: Path
+) -> None:
+    """AutoGPTQ saves a bias for every layer that it has quantized."""
+    variant, settings, pack = "llama", GPTQ, packers.gptq
+    source = tiny(variant)
+    reference = quantized_copy(source.path, tmp_path, source.model, settings, pack)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(".scales")]:
+        rows = tensors[name].shape[1]
+        tensors[f"{name.removesuffix('.scales')}.bias"] = torch.zeros(rows, dtype=torch.float16)
+    save_file(tensors, tmp_path / "model.safetensors")
+    check_model(tmp_path, reference, harness, numbers(40))
+    tensors["model.layers.0.mlp.up_proj.bias"][3] = 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(Unsupported, match=r"mlp\.up_proj\.bias .* does not use"):
+        harness(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "stays"), [("awq", True), ("gptq, act order", False), ("fp8", False)]
 )
