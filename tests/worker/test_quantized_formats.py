@@ -261,6 +261,21 @@ def test_compressed_tensors(layout: str, scheme: dict[str, Any]) -> None:
     assert torch.equal(values(ours).to(theirs.dtype), theirs)
 
 
+@pytest.mark.parametrize("block", [[32, 32], "32x32"], ids=str)
+@pytest.mark.parametrize("shape", [(64, 96), (40, 96), (64, 80), (40, 20)], ids=str)
+def test_compressed_tensors_in_blocks(shape: tuple[int, int], block: Any) -> None:
+    """Also where the last blocks are cut at the edges of the matrix."""
+    parts, wanted = packers.fp8(np.random.default_rng(3), *shape, "block", 32)
+    parts["weight_scale"] = parts.pop("weight_scale_inv")
+    scheme = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": block}
+    settings = {
+        "format": "float-quantized",
+        "config_groups": {"g": {"targets": ["Linear"], "weights": scheme}},
+    }
+    matrix = read("compressed-tensors", **settings).matrix("m", parts)
+    assert torch.equal(values(matrix), wanted.float())
+
+
 # --- whole models ---
 
 

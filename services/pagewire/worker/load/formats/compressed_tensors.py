@@ -32,12 +32,14 @@ INT8: Final = 8
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the weights of some modules are quantized. targets: names, `re:` expressions, Linear."""
+    """How the weights of some modules are quantized. targets: names, `re:` expressions, Linear.
+    block: rows and columns that share a scale, where it is one for each block."""
 
     targets: tuple[str, ...]
     bits: int
     is_float: bool
     quantize_inputs: bool = False
+    block: tuple[int, int] | None = None
 
     @classmethod
     def read(cls, group: Mapping[str, Any]) -> "Scheme":
@@ -53,7 +55,8 @@ class Scheme:
         if not 1 <= bits <= INT8:
             raise Unsupported(f"compressed-tensors weights of {bits} bits are not supported")
         targets = tuple(group.get("targets") or (LINEAR,))
-        return cls(targets, bits, is_float, bool(group.get("input_activations")))
+        quantize_inputs = bool(group.get("input_activations"))
+        return cls(targets, bits, is_float, quantize_inputs, _block(weights))
 
     def names(self, module: str) -> bool:
         """Whether a target names this module, other than by its class."""
@@ -120,8 +123,8 @@ class CompressedTensors(CheckpointFormat):
         weight = required(module, parts, "weight")
         scale = required(module, parts, "weight_scale")
         if weight.dtype.is_floating_point:
-            quantize_inputs = self._scheme(module).quantize_inputs
-            return fp8.quantized(module, weight, scale, quantize_inputs=quantize_inputs)
+            scheme = self._scheme(module)
+            return fp8.quantized(module, weight, scale, scheme.block, scheme.quantize_inputs)
         if weight.dtype != torch.int8:
             raise Unsupported(f"{module}.weight is {weight.dtype}, where int8 is expected")
         scale = _scales(module, scale, weight.shape)
@@ -174,6 +177,17 @@ class CompressedTensors(CheckpointFormat):
         if not schemes:
             raise Unsupported(f"no config group of the quantization names {module}")
         return schemes[0]
+
+
+def _block(weights: Mapping[str, Any]) -> tuple[int, int] | None:
+    """`block_structure`, two sizes, or "128x128" as first versions wrote it; None where there is
+    none, or scales are not for blocks. Raises Unsupported."""
+    block: Any = weights.get("block_structure")
+    if block is None or weights.get("strategy", "block") != "block":
+        return None
+    if isinstance(block, str):
+        block = [int(size) for size in block.split("x") if size.isdigit()]
+    return fp8.block_sizes("block_structure", block)
 
 
 def _scales(module: str, scale: Tensor, shape: torch.Size) -> Tensor:
