@@ -550,6 +550,34 @@ def test_configurations_in_files_of_their_own(tmp_path: Path) -> None:
     assert settings is not None and settings["quant_method"] == "gptq"
 
 
+MODELOPT = {
+    "producer": {"name": "modelopt", "version": "0.23.0"},
+    "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"},
+}
+
+
+@pytest.mark.parametrize("in_config", [False, True])
+def test_the_file_of_modelopt(
+    in_config: bool, tiny: Any, harness: Any, numbers: Any, tmp_path: Path
+) -> None:
+    settings = MODELOPT | {"quant_method": "modelopt"} if in_config else {}
+    source = tiny("llama")
+    reference = quantized_copy(source.path, tmp_path, source.model, settings, packers.fp8)
+    if not in_config:
+        (tmp_path / "hf_quant_config.json").write_text(json.dumps(MODELOPT))
+    check_model(tmp_path, reference, harness, numbers(40))
+
+
+def test_modelopt_s_other_formats(tmp_path: Path) -> None:
+    other = {"quantization": {"quant_algo": "NVFP4"}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(other))
+    with pytest.raises(Unsupported, match="quantized with 'modelopt NVFP4' are not supported"):
+        quantization.of_checkpoint(tmp_path, {})
+    cache_only = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(cache_only))
+    assert quantization.of_checkpoint(tmp_path, {}) is None
+
+
 def test_the_eos_of_a_quantized_checkpoint_is_read_too(tiny: Any, tmp_path: Path) -> None:
     variant, settings, pack = MODELS["awq"]
     quantized_copy(tiny(variant).path, tmp_path, tiny(variant).model, settings, pack)
