@@ -202,6 +202,22 @@ def test_the_base_of_rope_parameters_stays_beside_another_scaling():
     assert (rope.theta, rope.kind, rope.factor) == (1e6, "yarn", 2.0)
 
 
+@pytest.mark.parametrize("none", [0, -1])
+@pytest.mark.parametrize(
+    "variant", ["mistral", "mixtral", "phi3", "qwen2-windows", "gemma2", "gemma3"]
+)
+def test_a_window_of_no_tokens_is_none(variant, none, tiny):
+    config = json.loads((tiny(variant).path / "config.json").read_text())
+    assert set(describe(config).windows) != {None}
+    assert set(describe(config | {"sliding_window": none}).windows) == {None}
+
+
+def test_a_window_of_no_tokens_gives_the_logits_of_all(tiny, harness, numbers, tmp_path):
+    tokens = numbers(60)
+    path = rewritten(tiny("mistral-full").path, tmp_path, sliding_window=0)
+    close(harness(path).logits(tokens, 60), tiny("mistral-full").logits(tokens))
+
+
 def test_buffers_of_rotations_are_passed_over(tiny, harness, numbers, tmp_path):
     reference, tokens = tiny("llama"), numbers(30)
     layer = "model.layers.0.self_attn.rotary_emb"

@@ -4,7 +4,7 @@ logits."""
 from typing import Any
 
 from . import gemma
-from .architecture import Architecture, Config
+from .architecture import Architecture, Config, window_size
 from .checkpoint import plus_one as tensors
 
 __all__ = ["describe", "tensors"]
@@ -13,7 +13,7 @@ __all__ = ["describe", "tensors"]
 def windows(config: Config, pattern: int) -> tuple[int | None, ...]:
     """By `layer_types`, or in all layers but every `pattern`-th."""
     layers = int(config["num_hidden_layers"])
-    window = config["sliding_window"]
+    window = window_size(config["sliding_window"])
     kinds = config.get("layer_types")
     local = (
         [kind == "sliding_attention" for kind in kinds]

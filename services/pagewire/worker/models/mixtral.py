@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Final
 
 from pagewire_kernels.routing import Routing
 
-from .architecture import Architecture, Config, Moe, common
+from .architecture import Architecture, Config, Moe, common, window_size
 from .checkpoint import Named
 
 if TYPE_CHECKING:
@@ -26,7 +26,9 @@ def describe(config: Config) -> Architecture:
     )
     moe = Moe(routing, int(config["intermediate_size"]))
     return common(
-        config, moe=moe, windows=(config.get("sliding_window"),) * int(config["num_hidden_layers"])
+        config,
+        moe=moe,
+        windows=(window_size(config.get("sliding_window")),) * int(config["num_hidden_layers"]),
     )
 
 
