@@ -218,6 +218,27 @@ def test_a_window_of_no_tokens_gives_the_logits_of_all(tiny, harness, numbers, t
     close(harness(path).logits(tokens, 60), tiny("mistral-full").logits(tokens))
 
 
+def test_windows_of_mistral_by_layer(tiny, harness, numbers, tmp_path):
+    """As Ministral, the name that transformers has for it."""
+    import transformers
+
+    tokens = numbers(60)
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    path = rewritten(tiny("mistral").path, tmp_path, layer_types=kinds, model_type="ministral")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.inference_mode():
+        wanted = model(torch.tensor([tokens])).logits[0]
+    path = rewritten(tiny("mistral").path, tmp_path, layer_types=kinds)
+    close(harness(path).logits(tokens, 60), wanted)
+    assert (wanted - tiny("mistral").logits(tokens)).abs().max() > 1e-2
+
+
+def test_a_window_that_mistral_does_not_state(tiny):
+    config = json.loads((tiny("mistral").path / "config.json").read_text())
+    del config["sliding_window"]
+    assert describe(config).windows == (4096,) * 3
+
+
 def test_buffers_of_rotations_are_passed_over(tiny, harness, numbers, tmp_path):
     reference, tokens = tiny("llama"), numbers(30)
     layer = "model.layers.0.self_attn.rotary_emb"
