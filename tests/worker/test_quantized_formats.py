@@ -550,6 +550,56 @@ def test_configurations_in_files_of_their_own(tmp_path: Path) -> None:
     assert settings is not None and settings["quant_method"] == "gptq"
 
 
+MIXED = {
+    "quant_method": "compressed-tensors",
+    "format": "mixed-precision",
+    "config_groups": {
+        "attention": {
+            "targets": ["re:.*self_attn.*"],
+            "format": "pack-quantized",
+            "weights": {"num_bits": 4, "strategy": "group", "group_size": 32},
+        },
+        "others": {
+            "targets": ["Linear"],
+            "format": "float-quantized",
+            "weights": {"num_bits": 8, "type": "float", "strategy": "tensor"},
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("field", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize("stated", ["mixed-precision", None])
+def test_compressed_tensors_with_a_format_for_each_group(
+    stated: str | None, field: str, tiny: Any, harness: Any, numbers: Any, tmp_path: Path
+) -> None:
+    settings = MIXED | {"format": stated}
+    source = tiny("llama")
+    reference = quantized_copy(source.path, tmp_path, source.model, settings, packers.fp8)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config[field] = config.pop("quantization_config")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "model.safetensors")
+    state = reference.state_dict()
+    form = read("compressed-tensors", **MIXED)
+    for name in [name for name in tensors if "self_attn" in name and name.endswith("_scale")]:
+        module = name.removesuffix(".weight_scale")
+        scheme = MIXED["config_groups"]["attention"]["weights"]
+        weight = torch.randn(tensors.pop(f"{module}.weight").shape).half() / 8
+        del tensors[name]
+        parts, _ = compress(scheme, "pack-quantized", weight)
+        tensors |= packers.on_module(parts, module)
+        state[f"{module}.weight"].copy_(values(form.matrix(module, parts)))
+    save_file(tensors, tmp_path / "model.safetensors")
+    check_model(tmp_path, reference, harness, numbers(40))
+
+
+def test_a_group_s_format_is_refused_by_name() -> None:
+    groups = MIXED["config_groups"] | {"more": {"format": "nvfp4-pack-quantized"}}
+    with pytest.raises(Unsupported, match="format 'nvfp4-pack-quantized' is not supported"):
+        read("compressed-tensors", format="mixed-precision", config_groups=groups)
+
+
 MODELOPT = {
     "producer": {"name": "modelopt", "version": "0.23.0"},
     "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"},

@@ -27,9 +27,12 @@ ASKABLE: Final = (*FORMATS, *OTHER_NAMES, *(name for name in IN_FLIGHT if name n
 
 def of_checkpoint(path: Path, config: Config) -> Config | None:
     """The quantization's configuration, with a `quant_method` of FORMATS; None for full weights.
-    `config`: of config.json in the directory `path`. Older checkpoints have a file of their own.
+    `config`: of config.json in the directory `path`. Older checkpoints have a file of their own, or
+    (compressed-tensors) another name for the field.
     Raises Unsupported for another method, by name."""
-    settings = config.get("quantization_config") or _own_file(path)
+    settings = (
+        config.get("quantization_config") or config.get("compression_config") or _own_file(path)
+    )
     if not settings:
         return None
     name = str(settings.get("quant_method", "unknown")).lower()

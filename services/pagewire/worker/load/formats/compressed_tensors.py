@@ -11,7 +11,7 @@ those of int8 stay in 16 bits, which is no less exact.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -25,6 +25,8 @@ from .base import CheckpointFormat, Extent, Parts, check_shape, required, whole_
 from .packing import BITS_A_WORD, unpack_words, words_for
 
 LAYOUTS: Final = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+MIXED: Final = "mixed-precision"
+"""Each group of modules has a format of its own."""
 LINEAR: Final = "Linear"
 """A target that means every linear layer."""
 INT8: Final = 8
@@ -92,12 +94,9 @@ class CompressedTensors(CheckpointFormat):
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> "CompressedTensors":
         """Raises Unsupported for formats that are not built, by name."""
-        layout = str(config.get("format"))
-        schemes = tuple(map(Scheme.read, (config.get("config_groups") or {}).values()))
-        if layout not in LAYOUTS:
-            raise Unsupported(
-                f"compressed-tensors format {layout!r} is not supported; {', '.join(LAYOUTS)} are"
-            )
+        groups = (config.get("config_groups") or {}).values()
+        layout = _layout(config.get("format"), groups)
+        schemes = tuple(map(Scheme.read, groups))
         sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
         if sparsity != "dense":
             raise Unsupported(
@@ -177,6 +176,20 @@ class CompressedTensors(CheckpointFormat):
         if not schemes:
             raise Unsupported(f"no config group of the quantization names {module}")
         return schemes[0]
+
+
+def _layout(layout: object, groups: Iterable[Mapping[str, Any]]) -> str:
+    """The format of the whole checkpoint, or, where that is mixed or missing, those of its groups.
+    Raises Unsupported."""
+    names = [str(layout)]
+    if layout in (None, MIXED):
+        names = sorted({str(group["format"]) for group in groups if group.get("format")}) or names
+    for name in names:
+        if name not in LAYOUTS:
+            raise Unsupported(
+                f"compressed-tensors format {name!r} is not supported; {', '.join(LAYOUTS)} are"
+            )
+    return ", ".join(names)
 
 
 def _block(weights: Mapping[str, Any]) -> tuple[int, int] | None:
