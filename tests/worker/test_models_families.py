@@ -239,6 +239,32 @@ def test_a_window_that_mistral_does_not_state(tiny):
     assert describe(config).windows == (4096,) * 3
 
 
+DEFAULTS = {
+    "gemma2": ("attn_logit_softcapping", "final_logit_softcapping"),
+    "mixtral": ("rope_parameters", "rope_theta"),
+    "neox": ("hidden_act",),
+    "phi": ("hidden_act",),
+    "glm": ("attention_bias",),
+}
+
+
+@pytest.mark.parametrize("variant", DEFAULTS)
+def test_what_a_configuration_leaves_out_is_the_family_s_own(
+    variant, tiny, harness, numbers, tmp_path
+):
+    """As transformers has it."""
+    import transformers
+
+    tokens = numbers(40)
+    path = rewritten(tiny(variant).path, tmp_path, **dict.fromkeys(DEFAULTS[variant]))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.inference_mode():
+        wanted = model.eval()(torch.tensor([tokens])).logits[0]
+    close(harness(path).logits(tokens, 40), wanted)
+
+
 def test_buffers_of_rotations_are_passed_over(tiny, harness, numbers, tmp_path):
     reference, tokens = tiny("llama"), numbers(30)
     layer = "model.layers.0.self_attn.rotary_emb"

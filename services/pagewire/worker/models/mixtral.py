@@ -18,9 +18,13 @@ PARTS: Final = {
     ".w3.": ".up_proj.",
 }
 
+DEFAULT_THETA: Final = 1e6
+"""Of configurations that do not say."""
+
 
 def describe(config: Config) -> Architecture:
     """Mixtral."""
+    config = {"rope_theta": DEFAULT_THETA} | config
     routing = Routing(
         int(config["num_local_experts"]), int(config["num_experts_per_tok"]), renormalize=True
     )
