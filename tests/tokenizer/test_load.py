@@ -5,11 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import pytest
+from msgspec.structs import replace
 from pagewire.checkpoint.errors import Unsupported
 from pagewire.config import ModelConfig, TokenizerConfig
 from pagewire.tokenizer.load import NoTokenizer, load
 from pagewire.tokenizer.service import load_text
+from pagewire.tokenizer.template import ChatTemplate
+from pagewire_protocol.messages import Chat
+from pagewire_protocol.structs import ChatMessage
 from tokenizers import Tokenizer
 
 
@@ -21,6 +26,61 @@ def directory(tmp_path: Path, bpe: Tokenizer) -> Path:
 
 def write(directory: Path, name: str, content: object) -> None:
     (directory / name).write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+DEFAULT = "\n{% for m in messages %}{{ m.content }}\n{% endfor %}  "
+TOOL_USE = """  {%- set list = tools | tojson %}
+{{ list }}
+{% for m in messages %}{{ m.content }};{% endfor %}
+
+"""
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+def test_the_template_for_requests_with_tools(directory: Path, in_files: bool):
+    """As transformers chooses between templates named default and tool_use."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    if in_files:
+        (directory / "additional_chat_templates").mkdir()
+        write(directory, "chat_template.jinja", DEFAULT)
+        write(directory, "additional_chat_templates/tool_use.jinja", TOOL_USE)
+    else:
+        named = {"default": DEFAULT, "tool_use": TOOL_USE, "rag": "r"}
+        entries = [{"name": name, "template": text} for name, text in named.items()]
+        write(directory, "tokenizer_config.json", {"chat_template": entries})
+    template = ChatTemplate(load(directory).chat_template, {})
+    tools = [{"type": "function", "function": {"name": "now", "parameters": {}}}]
+    messages = [{"role": "user", "content": "hi"}]
+    for source, given in ((DEFAULT, None), (TOOL_USE, tools)):
+        chat = Chat(
+            (ChatMessage("user", "hi"),), tools=json.dumps(given).encode() if given else b""
+        )
+        (wanted,), _ = render_jinja_template([messages], tools=given, chat_template=source)
+        assert template.render(chat) == wanted
+
+
+PRINTS_TOOLS = "{{ tools | tojson }}: {{ messages[0].content }}"
+
+
+@pytest.mark.parametrize("with_tools", [False, True])
+def test_the_templates_of_a_gguf_file(tmp_path: Path, with_tools: bool):
+    plain = "{{ messages[0].content }}"
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", "a"])
+    writer.add_token_scores([0.0] * 4)
+    named = [{"name": "default", "template": plain}, {"name": "tool_use", "template": PRINTS_TOOLS}]
+    writer.add_chat_template(named if with_tools else plain)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    template = ChatTemplate(load(tmp_path / "m.gguf").chat_template, {})
+    chat = Chat((ChatMessage("user", "hi"),))
+    tools = b'[{"type": "function", "function": {"name": "now"}}]'
+    assert template.render(chat) == "hi"
+    rendered = template.render(replace(chat, tools=tools))
+    assert (rendered == f"{tools.decode()}: hi") == with_tools
 
 
 def test_tokenizer_json_alone(directory: Path, bpe: Tokenizer):
@@ -48,7 +108,7 @@ def test_configured_names_and_template(directory: Path):
         "tokenizer_config.json",
         {
             "chat_template": [
-                {"name": "tool_use", "template": "t"},
+                {"name": "rag", "template": "r"},
                 {"name": "default", "template": "d"},
             ]
         },

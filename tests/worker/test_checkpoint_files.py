@@ -46,6 +46,7 @@ UNIGRAM = {"model": {"type": "Unigram", "vocab": [["<unk>", 0.0], ["</s>", 0.0]]
     [
         ({}, (2,)),
         ({"generation_config__json": {"eos_token_id": [5, 2]}}, (2, 5)),
+        ({"generation_config__json": {"eos_token_id": [5, None]}}, (2, 5)),
         # an eos that only the tokenizer names, with its id in each place that may have it
         (
             {"tokenizer_config__json": {"eos_token": "<|im_end|>", "added_tokens_decoder": IM_END}},

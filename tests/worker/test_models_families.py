@@ -9,7 +9,7 @@ from pagewire.config import ModelConfig
 from pagewire.worker.load import kv_sizing
 from pagewire.worker.models import describe
 from pagewire.worker.models.architecture import Unsupported
-from pagewire.worker.models.rope import Rope
+from pagewire.worker.models.rope import Rope, read_rope
 from pagewire.worker.models.rotary import order
 from pagewire_protocol.messages import pack
 from pagewire_protocol.sampling import Sampling
@@ -170,6 +170,110 @@ def test_phi3_with_scaling_as_first_published(tiny, harness, numbers, tmp_path):
         reference.path, tmp_path, rope_parameters=None, rope_theta=1e4, rope_scaling=older
     )
     close(harness(path).logits(tokens, 80), reference.logits(tokens))
+
+
+LINEAR = {"type": "linear", "factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}
+
+
+@pytest.mark.parametrize(("variant", "scaling"), [("llama", LINEAR), ("qwen3", YARN)])
+def test_scaling_added_by_hand_beside_rope_parameters(
+    variant, scaling, tiny, harness, numbers, tmp_path
+):
+    """As transformers reads it: it goes before the scaling that the file has."""
+    import transformers
+
+    reference, tokens = tiny(variant), numbers(60)
+    path = rewritten(reference.path, tmp_path, rope_scaling=scaling)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.inference_mode():
+        wanted = model(torch.tensor([tokens])).logits[0]
+    assert (wanted - reference.logits(tokens)).abs().max() > 1e-2
+    close(harness(path).logits(tokens, 60), wanted)
+
+
+def test_the_base_of_rope_parameters_stays_beside_another_scaling():
+    config = {
+        "model_type": "llama",
+        "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    }
+    rope = read_rope(config | {"rope_scaling": YARN}, 16)
+    assert (rope.theta, rope.kind, rope.factor) == (1e6, "yarn", 2.0)
+
+
+@pytest.mark.parametrize("none", [0, -1])
+@pytest.mark.parametrize(
+    "variant", ["mistral", "mixtral", "phi3", "qwen2-windows", "gemma2", "gemma3"]
+)
+def test_a_window_of_no_tokens_is_none(variant, none, tiny):
+    config = json.loads((tiny(variant).path / "config.json").read_text())
+    assert set(describe(config).windows) != {None}
+    assert set(describe(config | {"sliding_window": none}).windows) == {None}
+
+
+def test_a_window_of_no_tokens_gives_the_logits_of_all(tiny, harness, numbers, tmp_path):
+    tokens = numbers(60)
+    path = rewritten(tiny("mistral-full").path, tmp_path, sliding_window=0)
+    close(harness(path).logits(tokens, 60), tiny("mistral-full").logits(tokens))
+
+
+def test_windows_of_mistral_by_layer(tiny, harness, numbers, tmp_path):
+    """As Ministral, the name that transformers has for it."""
+    import transformers
+
+    tokens = numbers(60)
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    path = rewritten(tiny("mistral").path, tmp_path, layer_types=kinds, model_type="ministral")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.inference_mode():
+        wanted = model(torch.tensor([tokens])).logits[0]
+    path = rewritten(tiny("mistral").path, tmp_path, layer_types=kinds)
+    close(harness(path).logits(tokens, 60), wanted)
+    assert (wanted - tiny("mistral").logits(tokens)).abs().max() > 1e-2
+
+
+def test_a_window_that_mistral_does_not_state(tiny):
+    config = json.loads((tiny("mistral").path / "config.json").read_text())
+    del config["sliding_window"]
+    assert describe(config).windows == (4096,) * 3
+
+
+DEFAULTS = {
+    "gemma2": ("attn_logit_softcapping", "final_logit_softcapping"),
+    "mixtral": ("rope_parameters", "rope_theta"),
+    "neox": ("hidden_act",),
+    "phi": ("hidden_act",),
+    "glm": ("attention_bias",),
+}
+
+
+@pytest.mark.parametrize("variant", DEFAULTS)
+def test_what_a_configuration_leaves_out_is_the_family_s_own(
+    variant, tiny, harness, numbers, tmp_path
+):
+    """As transformers has it."""
+    import transformers
+
+    tokens = numbers(40)
+    path = rewritten(tiny(variant).path, tmp_path, **dict.fromkeys(DEFAULTS[variant]))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.inference_mode():
+        wanted = model.eval()(torch.tensor([tokens])).logits[0]
+    close(harness(path).logits(tokens, 40), wanted)
+
+
+def test_buffers_of_rotations_are_passed_over(tiny, harness, numbers, tmp_path):
+    reference, tokens = tiny("llama"), numbers(30)
+    layer = "model.layers.0.self_attn.rotary_emb"
+    extra = {
+        f"{layer}.{name}": torch.ones(1, 1, 4, 16)
+        for name in ("inv_freq", "cos_cached", "sin_cached")
+    }
+    path = rewritten(reference.path, tmp_path, extra=extra)
+    close(harness(path).logits(tokens, 30), reference.logits(tokens))
 
 
 GEMMA3_OLD = {

@@ -261,6 +261,21 @@ def test_compressed_tensors(layout: str, scheme: dict[str, Any]) -> None:
     assert torch.equal(values(ours).to(theirs.dtype), theirs)
 
 
+@pytest.mark.parametrize("block", [[32, 32], "32x32"], ids=str)
+@pytest.mark.parametrize("shape", [(64, 96), (40, 96), (64, 80), (40, 20)], ids=str)
+def test_compressed_tensors_in_blocks(shape: tuple[int, int], block: Any) -> None:
+    """Also where the last blocks are cut at the edges of the matrix."""
+    parts, wanted = packers.fp8(np.random.default_rng(3), *shape, "block", 32)
+    parts["weight_scale"] = parts.pop("weight_scale_inv")
+    scheme = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": block}
+    settings = {
+        "format": "float-quantized",
+        "config_groups": {"g": {"targets": ["Linear"], "weights": scheme}},
+    }
+    matrix = read("compressed-tensors", **settings).matrix("m", parts)
+    assert torch.equal(values(matrix), wanted.float())
+
+
 # --- whole models ---
 
 
@@ -360,6 +375,25 @@ def test_experts(tiny: Any, harness: Any, numbers: Any, tmp_path: Path) -> None:
     tokens = numbers(30)
     ours, wanted = harness(tmp_path).logits(tokens, 11), harness(whole).logits(tokens, 11)
     assert (ours - wanted).abs().max() < 1e-5 * float(wanted.abs().max())
+
+
+def test_biases_of_zeros_that_the_model_does_not_have(
+    tiny: Any, harness: Any, numbers: Any, tmp_path: Path
+) -> None:
+    """AutoGPTQ saves a bias for every layer that it has quantized."""
+    variant, settings, pack = "llama", GPTQ, packers.gptq
+    source = tiny(variant)
+    reference = quantized_copy(source.path, tmp_path, source.model, settings, pack)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(".scales")]:
+        rows = tensors[name].shape[1]
+        tensors[f"{name.removesuffix('.scales')}.bias"] = torch.zeros(rows, dtype=torch.float16)
+    save_file(tensors, tmp_path / "model.safetensors")
+    check_model(tmp_path, reference, harness, numbers(40))
+    tensors["model.layers.0.mlp.up_proj.bias"][3] = 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(Unsupported, match=r"mlp\.up_proj\.bias .* does not use"):
+        harness(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -514,6 +548,84 @@ def test_configurations_in_files_of_their_own(tmp_path: Path) -> None:
     (tmp_path / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 128}))
     settings = quantization.of_checkpoint(tmp_path, {})
     assert settings is not None and settings["quant_method"] == "gptq"
+
+
+MIXED = {
+    "quant_method": "compressed-tensors",
+    "format": "mixed-precision",
+    "config_groups": {
+        "attention": {
+            "targets": ["re:.*self_attn.*"],
+            "format": "pack-quantized",
+            "weights": {"num_bits": 4, "strategy": "group", "group_size": 32},
+        },
+        "others": {
+            "targets": ["Linear"],
+            "format": "float-quantized",
+            "weights": {"num_bits": 8, "type": "float", "strategy": "tensor"},
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("field", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize("stated", ["mixed-precision", None])
+def test_compressed_tensors_with_a_format_for_each_group(
+    stated: str | None, field: str, tiny: Any, harness: Any, numbers: Any, tmp_path: Path
+) -> None:
+    settings = MIXED | {"format": stated}
+    source = tiny("llama")
+    reference = quantized_copy(source.path, tmp_path, source.model, settings, packers.fp8)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config[field] = config.pop("quantization_config")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "model.safetensors")
+    state = reference.state_dict()
+    form = read("compressed-tensors", **MIXED)
+    for name in [name for name in tensors if "self_attn" in name and name.endswith("_scale")]:
+        module = name.removesuffix(".weight_scale")
+        scheme = MIXED["config_groups"]["attention"]["weights"]
+        weight = torch.randn(tensors.pop(f"{module}.weight").shape).half() / 8
+        del tensors[name]
+        parts, _ = compress(scheme, "pack-quantized", weight)
+        tensors |= packers.on_module(parts, module)
+        state[f"{module}.weight"].copy_(values(form.matrix(module, parts)))
+    save_file(tensors, tmp_path / "model.safetensors")
+    check_model(tmp_path, reference, harness, numbers(40))
+
+
+def test_a_group_s_format_is_refused_by_name() -> None:
+    groups = MIXED["config_groups"] | {"more": {"format": "nvfp4-pack-quantized"}}
+    with pytest.raises(Unsupported, match="format 'nvfp4-pack-quantized' is not supported"):
+        read("compressed-tensors", format="mixed-precision", config_groups=groups)
+
+
+MODELOPT = {
+    "producer": {"name": "modelopt", "version": "0.23.0"},
+    "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"},
+}
+
+
+@pytest.mark.parametrize("in_config", [False, True])
+def test_the_file_of_modelopt(
+    in_config: bool, tiny: Any, harness: Any, numbers: Any, tmp_path: Path
+) -> None:
+    settings = MODELOPT | {"quant_method": "modelopt"} if in_config else {}
+    source = tiny("llama")
+    reference = quantized_copy(source.path, tmp_path, source.model, settings, packers.fp8)
+    if not in_config:
+        (tmp_path / "hf_quant_config.json").write_text(json.dumps(MODELOPT))
+    check_model(tmp_path, reference, harness, numbers(40))
+
+
+def test_modelopt_s_other_formats(tmp_path: Path) -> None:
+    other = {"quantization": {"quant_algo": "NVFP4"}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(other))
+    with pytest.raises(Unsupported, match="quantized with 'modelopt NVFP4' are not supported"):
+        quantization.of_checkpoint(tmp_path, {})
+    cache_only = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(cache_only))
+    assert quantization.of_checkpoint(tmp_path, {}) is None
 
 
 def test_the_eos_of_a_quantized_checkpoint_is_read_too(tiny: Any, tmp_path: Path) -> None:

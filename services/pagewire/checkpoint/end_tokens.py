@@ -69,11 +69,24 @@ def of_directory(
     of a chat template that is used instead of the model's own. Raises Unsupported."""
     generation = read_object(directory / "generation_config.json")
     ids: set[int] = set()
-    for named in (config.get("eos_token_id"), generation.get("eos_token_id")):
-        ids.update(named if isinstance(named, list) else [] if named is None else [named])
+    for source, file in ((config, "config.json"), (generation, "generation_config.json")):
+        ids |= _eos_ids(source.get("eos_token_id"), directory / file)
     ids |= _unnamed(config, generation)
     ids |= of_tokenizer(tokenizer or directory, template)
     return within_vocabulary(ids, int(config.get("vocab_size") or 0))
+
+
+def _eos_ids(stated: Any, file: Path) -> set[int]:
+    """Those of `eos_token_id` in `file`: one, a list, or none. Raises Unsupported."""
+    ids = [
+        token for token in (stated if isinstance(stated, list) else [stated]) if token is not None
+    ]
+    for token in ids:
+        if not isinstance(token, int | float):
+            raise Unsupported(
+                f"eos_token_id in {file} is {stated!r}, not a token id or a list of them; correct it there"
+            )
+    return {int(token) for token in ids}
 
 
 def of_gguf(

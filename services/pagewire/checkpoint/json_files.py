@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from .errors import Unsupported
 
 Config = dict[str, Any]
+TOOL_USE_FILE: Final = "additional_chat_templates/tool_use.jinja"
+"""Where transformers saves the template of that name, if the default one is a file too."""
 
 
 def read_object(path: Path) -> Config:
@@ -30,17 +32,32 @@ def tokenizer_settings(directory: Path) -> Config:
 
 def chat_template(directory: Path, settings: Config) -> str:
     """The newest place first: a file of its own, a JSON file, the tokenizer's `settings`; of
-    several templates the one named default. Empty where there is none. Raises Unsupported."""
+    several templates the one named default, with the one named tool_use in it for requests that
+    have tools. Empty where there is none. Raises Unsupported."""
     if (directory / "chat_template.jinja").is_file():
-        return (directory / "chat_template.jinja").read_text()
-    template = read_object(directory / "chat_template.json").get("chat_template") or settings.get(
-        "chat_template"
-    )
-    if isinstance(template, list):
-        template = {entry.get("name"): entry.get("template") for entry in template}
-    if isinstance(template, dict):
-        template = template.get("default")
-    return template if isinstance(template, str) else ""
+        named: Config = {"default": (directory / "chat_template.jinja").read_text()}
+        if (directory / TOOL_USE_FILE).is_file():
+            named["tool_use"] = (directory / TOOL_USE_FILE).read_text()
+    else:
+        template = read_object(directory / "chat_template.json").get(
+            "chat_template"
+        ) or settings.get("chat_template")
+        if isinstance(template, list):
+            template = {entry.get("name"): entry.get("template") for entry in template}
+        named = template if isinstance(template, dict) else {"default": template}
+    return by_tools(named.get("tool_use"), named.get("default"))
+
+
+def by_tools(with_tools: object, default: object) -> str:
+    """One template of two, as far as they are there: for requests that have tools and for others.
+    `{{ "" }}` keeps spaces and ends of lines that jinja would take away beside a statement."""
+    if not isinstance(default, str):
+        return ""
+    if not isinstance(with_tools, str):
+        return default
+    sources = (source.removesuffix("\n") for source in (with_tools, default))
+    branches = ('{{ "" }}' + source + '{{ "" }}' for source in sources)
+    return "{% if tools %}" + "{% else %}".join(branches) + "{% endif %}"
 
 
 def added_tokens(settings: Config) -> dict[str, int]:

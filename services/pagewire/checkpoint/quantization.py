@@ -17,6 +17,8 @@ OTHER_NAMES: Final = {
     "fbgemm_fp8": "fp8",
 }
 """Names of the same formats: of vLLM's kernels for them, and of fp8 by another program."""
+MODELOPT: Final = "modelopt"
+"""A program with several formats: `quant_algo` says which."""
 IN_FLIGHT: Final = ("int8", "int4", "bitsandbytes", "bitsandbytes_8bit", "fp8")
 """What full weights can be rounded to while they are loaded."""
 ASKABLE: Final = (*FORMATS, *OTHER_NAMES, *(name for name in IN_FLIGHT if name not in FORMATS))
@@ -25,15 +27,22 @@ ASKABLE: Final = (*FORMATS, *OTHER_NAMES, *(name for name in IN_FLIGHT if name n
 
 def of_checkpoint(path: Path, config: Config) -> Config | None:
     """The quantization's configuration, with a `quant_method` of FORMATS; None for full weights.
-    `config`: of config.json in the directory `path`. Older checkpoints have a file of their own.
+    `config`: of config.json in the directory `path`. Older checkpoints have a file of their own, or
+    (compressed-tensors) another name for the field.
     Raises Unsupported for another method, by name."""
-    settings = config.get("quantization_config") or _own_file(path)
+    settings = (
+        config.get("quantization_config") or config.get("compression_config") or _own_file(path)
+    )
     if not settings:
         return None
     name = str(settings.get("quant_method", "unknown")).lower()
     method = OTHER_NAMES.get(name, name)
-    if method == "modelopt" and str(settings.get("quant_algo")).upper() == "FP8":
-        method = "fp8"
+    if method == MODELOPT:
+        # The first versions put their file's content there as it is.
+        settings = settings | (settings.get("quantization") or {})
+        algorithm = str(settings.get("quant_algo")).upper()
+        method = "fp8" if algorithm == "FP8" else method
+        name = f"{name} {algorithm}"
     if method not in FORMATS:
         raise Unsupported(
             f"weights quantized with {name!r} are not supported; {', '.join(FORMATS)}, GGUF files and full weights are"
@@ -51,7 +60,9 @@ def _own_file(path: Path) -> Config:
             "quant_method": "squeezellm" if "wbits" in awq_or_squeezellm else "awq",
             **awq_or_squeezellm,
         }
-    return {}
+    modelopt: Config = read_object(path / "hf_quant_config.json").get("quantization") or {}
+    # Without quant_algo only the KV cache is quantized.
+    return {"quant_method": MODELOPT, **modelopt} if modelopt.get("quant_algo") else {}
 
 
 def check(path: Path, config: Config, requested: str) -> None:

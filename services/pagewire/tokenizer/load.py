@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from ..checkpoint import chat_templates, gguf_files, gguf_metadata
 from ..checkpoint.errors import Unsupported
-from ..checkpoint.json_files import Config, chat_template, read_object, tokenizer_settings
+from ..checkpoint.json_files import Config, by_tools, chat_template, read_object, tokenizer_settings
 from . import (
     formats,
     gguf_tokenizer,
@@ -82,7 +82,8 @@ def load(path: Path) -> Loaded:
 
 def _load_gguf(path: Path) -> Loaded:
     metadata = gguf_metadata.read_metadata(gguf_files.parts(path)[0])
-    template = metadata.get("tokenizer.chat_template", "")
+    with_tools = metadata.get("tokenizer.chat_template.tool_use")
+    template = by_tools(with_tools, metadata.get("tokenizer.chat_template"))
     return Loaded(gguf_tokenizer.build(metadata), template, gguf_tokenizer.named_tokens(metadata))
 
 

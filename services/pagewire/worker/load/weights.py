@@ -39,8 +39,12 @@ Skip = Callable[[str], bool]
 DUMMY_STD: Final = 0.02
 GROUP: Final = 16
 """Tensors dequantized at a time: bounds what waits in float32."""
-IGNORED: Final = "rotary_emb.inv_freq"
-"""A buffer that old checkpoints carry along and that follows from the configuration."""
+IGNORED: Final = (
+    "rotary_emb.inv_freq",
+    "rotary_emb.cos_cached",
+    "rotary_emb.sin_cached",
+)
+"""Buffers that old checkpoints carry along and that follow from the configuration."""
 
 
 def load(
@@ -153,14 +157,17 @@ def fill(
     tie_word_embeddings: bool,
     progress: Progress,
 ) -> None:
-    """Every slot from the tensor of its name. Raises Unsupported for a tensor that no slot wants,
-    one of another shape than its slot's, and a slot without a tensor."""
+    """Every slot from the tensor of its name. Raises Unsupported for a tensor that no slot wants
+    (other than a bias of zeros), one of another shape than its slot's, and a slot without a
+    tensor."""
     by_name = {slot.name: slot for slot in slots}
     missing = set(by_name)
     for name, tensor in tensors:
         if name.endswith(IGNORED) or (tie_word_embeddings and name == "lm_head.weight"):
             continue
         slot = by_name.get(name)
+        if slot is None and _is_no_bias(name, tensor):
+            continue
         if slot is None:
             raise Unsupported(
                 f"the checkpoint has a tensor {name} {list(tensor.shape)} that this architecture does not use"
@@ -176,6 +183,11 @@ def fill(
         raise Unsupported(
             f"the checkpoint lacks {len(missing)} of {len(by_name)} tensors, among them {min(missing)}"
         )
+
+
+def _is_no_bias(name: str, value: Tensor | Quantized | StoredMatrix) -> bool:
+    """Whether this is a bias of zeros, which AutoGPTQ saves for layers that have none."""
+    return name.endswith(".bias") and isinstance(value, Tensor) and not value.any()
 
 
 def fill_randomly(slots: Sequence[WeightSlot], seed: int, progress: Progress) -> None:

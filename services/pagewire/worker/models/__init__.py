@@ -96,7 +96,7 @@ def family(config: Config) -> Family:
 
 def describe(config: Config) -> Architecture:
     """The architecture that `config` asks for. Raises Unsupported when the family is unknown or a
-    field of its configuration is missing."""
+    field of its configuration is missing or no value of its kind."""
     chosen = family(config)
     try:
         return chosen.describe(config)
@@ -104,3 +104,10 @@ def describe(config: Config) -> Architecture:
         raise Unsupported(
             f"the configuration of this {config['model_type']} model has no {error.args[0]!r}"
         ) from None
+    except Unsupported:
+        raise
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise Unsupported(
+            f"config.json of this {config['model_type']} model has a field with a value of another "
+            f"kind ({error}); compare it with the published one, null above all"
+        ) from error

@@ -25,6 +25,7 @@ __all__ = [
     "gpt_like",
     "layer_windows",
     "read_config",
+    "window_size",
 ]
 
 Config = dict[str, Any]
@@ -231,11 +232,17 @@ def activation_of(config: Config) -> Activation:
     return ACTIVATIONS[named]
 
 
+def window_size(sliding_window: int | None) -> int | None:
+    """How many tokens a layer with a window sees, itself included. None for all of them, for which
+    some files have 0 or -1."""
+    return None if sliding_window is None or sliding_window <= 0 else int(sliding_window)
+
+
 def layer_windows(config: Config) -> tuple[int | None, ...]:
     """Sliding windows where only some layers have them: those that `layer_types` names, else those
     from `max_window_layers` on."""
     layers = int(config["num_hidden_layers"])
-    window = config.get("sliding_window")
+    window = window_size(config.get("sliding_window"))
     if not config.get("use_sliding_window") or window is None:
         return (None,) * layers
     kinds = config.get("layer_types")

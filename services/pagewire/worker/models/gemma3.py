@@ -22,8 +22,10 @@ DEFAULTS: Final[Config] = {
     "rms_norm_eps": 1e-6,
     "query_pre_attn_scalar": 256,
     "rope_theta": 1e6,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
 }
-"""What the configurations of the models with images leave out."""
+"""What the configurations of the models with images leave out, or all of them."""
 VISION: Final = (
     "vision_tower.",
     "multi_modal_projector.",
@@ -51,7 +53,9 @@ def describe(config: Config) -> Architecture:
     }
     return gemma2.describe(
         config,
-        pattern=int(config.get("sliding_window_pattern", config.get("_sliding_window_pattern", 6))),
+        pattern=int(
+            config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
+        ),
         qk_norm=True,
         rope=read_rope(config | {"rope_parameters": newer.get("full_attention")}, size),
         local_rope=read_rope(config, size, parameters=local),

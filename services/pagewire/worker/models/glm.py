@@ -21,7 +21,7 @@ def describe(config: Config) -> Architecture:
     config = config | {"partial_rotary_factor": config.get("partial_rotary_factor", 0.5)}
     head_dim = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
     rope = read_rope(config, head_dim, interleaved=True)
-    return common(config, rope=rope, qkv_bias=bool(config.get("attention_bias", False)))
+    return common(config, rope=rope, qkv_bias=bool(config.get("attention_bias", True)))
 
 
 def describe4(config: Config) -> Architecture:

@@ -28,6 +28,7 @@ def describe(config: Config) -> Architecture:
     """GPT-NeoX or Pythia."""
     overrides = {
         "num_key_value_heads": None,
+        "hidden_act": config.get("hidden_act", "gelu"),
         "partial_rotary_factor": config.get("rotary_pct", 0.25),
     }
     bias = bool(config.get("attention_bias", True))

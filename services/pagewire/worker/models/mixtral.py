@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Final
 
 from pagewire_kernels.routing import Routing
 
-from .architecture import Architecture, Config, Moe, common
+from .architecture import Architecture, Config, Moe, common, window_size
 from .checkpoint import Named
 
 if TYPE_CHECKING:
@@ -18,15 +18,21 @@ PARTS: Final = {
     ".w3.": ".up_proj.",
 }
 
+DEFAULT_THETA: Final = 1e6
+"""Of configurations that do not say."""
+
 
 def describe(config: Config) -> Architecture:
     """Mixtral."""
+    config = {"rope_theta": DEFAULT_THETA} | config
     routing = Routing(
         int(config["num_local_experts"]), int(config["num_experts_per_tok"]), renormalize=True
     )
     moe = Moe(routing, int(config["intermediate_size"]))
     return common(
-        config, moe=moe, windows=(config.get("sliding_window"),) * int(config["num_hidden_layers"])
+        config,
+        moe=moe,
+        windows=(window_size(config.get("sliding_window")),) * int(config["num_hidden_layers"]),
     )
 
 

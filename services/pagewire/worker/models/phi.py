@@ -20,7 +20,10 @@ def describe(config: Config) -> Architecture:
     """Phi 1, 1.5 or 2. Raises Unsupported for variants that are not built."""
     if config.get("qk_layernorm"):
         raise Unsupported("qk_layernorm of phi is not supported")
-    overrides = {"partial_rotary_factor": config.get("partial_rotary_factor", 0.5)}
+    overrides = {
+        "partial_rotary_factor": config.get("partial_rotary_factor", 0.5),
+        "hidden_act": config.get("hidden_act", "gelu_new"),
+    }
     return gpt_like(
         config | overrides,
         float(config["layer_norm_eps"]),

@@ -1,7 +1,7 @@
 """Phi-3, 3.5 and 4: Llama with joined matrices, a window in every layer where one is named, and
 LongRoPE."""
 
-from .architecture import Architecture, Config, common
+from .architecture import Architecture, Config, common, window_size
 from .checkpoint import split as tensors
 from .rope import read_rope
 
@@ -19,5 +19,5 @@ def describe(config: Config) -> Architecture:
     return common(
         config,
         rope=read_rope(config, head_dim),
-        windows=(config.get("sliding_window"),) * int(config["num_hidden_layers"]),
+        windows=(window_size(config.get("sliding_window")),) * int(config["num_hidden_layers"]),
     )

@@ -8,6 +8,8 @@ from typing import Any, Final
 from ...checkpoint.errors import Unsupported
 
 ROPE_KINDS: Final = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+ROTATION: Final = ("rope_theta", "partial_rotary_factor")
+"""Of `rope_parameters`, what is no scaling."""
 OTHER_NAMES: Final = {"su": "longrope", "none": "default"}
 
 
@@ -49,9 +51,9 @@ def read_rope(
     **differences: Any,
 ) -> Rope:
     """Newer files keep everything under `rope_parameters`, older ones have `rope_theta` and
-    `rope_scaling` (and `rotary_pct`). `parameters` replaces `rope_parameters` where layers differ.
+    `rope_scaling` (and `rotary_pct`). `parameters` replaces both where layers differ.
     Raises Unsupported for an unknown kind of scaling."""
-    newer: dict[str, Any] = parameters or config.get("rope_parameters") or {}
+    newer = parameters or _parameters(config)
     scaling: dict[str, Any] = newer or config.get("rope_scaling") or {}
     fields = {
         **_rotation(config, newer, head_dim),
@@ -61,6 +63,16 @@ def read_rope(
     rope = Rope(**fields)
     _check(rope, head_dim, config["model_type"])
     return rope
+
+
+def _parameters(config: dict[str, Any]) -> dict[str, Any]:
+    """`rope_parameters`. A `rope_scaling` beside them was added by hand, as the cards of models say
+    to for long contexts: it replaces the scaling that they have, as in transformers."""
+    newer: dict[str, Any] = config.get("rope_parameters") or {}
+    scaling: dict[str, Any] = config.get("rope_scaling") or {}
+    if not newer or not scaling:
+        return newer
+    return {name: newer[name] for name in ROTATION if name in newer} | scaling
 
 
 def _rotation(config: dict[str, Any], newer: dict[str, Any], head_dim: int) -> dict[str, Any]:

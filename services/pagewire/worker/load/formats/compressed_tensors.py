@@ -11,7 +11,7 @@ those of int8 stay in 16 bits, which is no less exact.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -25,6 +25,8 @@ from .base import CheckpointFormat, Extent, Parts, check_shape, required, whole_
 from .packing import BITS_A_WORD, unpack_words, words_for
 
 LAYOUTS: Final = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+MIXED: Final = "mixed-precision"
+"""Each group of modules has a format of its own."""
 LINEAR: Final = "Linear"
 """A target that means every linear layer."""
 INT8: Final = 8
@@ -32,12 +34,14 @@ INT8: Final = 8
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the weights of some modules are quantized. targets: names, `re:` expressions, Linear."""
+    """How the weights of some modules are quantized. targets: names, `re:` expressions, Linear.
+    block: rows and columns that share a scale, where it is one for each block."""
 
     targets: tuple[str, ...]
     bits: int
     is_float: bool
     quantize_inputs: bool = False
+    block: tuple[int, int] | None = None
 
     @classmethod
     def read(cls, group: Mapping[str, Any]) -> "Scheme":
@@ -53,7 +57,8 @@ class Scheme:
         if not 1 <= bits <= INT8:
             raise Unsupported(f"compressed-tensors weights of {bits} bits are not supported")
         targets = tuple(group.get("targets") or (LINEAR,))
-        return cls(targets, bits, is_float, bool(group.get("input_activations")))
+        quantize_inputs = bool(group.get("input_activations"))
+        return cls(targets, bits, is_float, quantize_inputs, _block(weights))
 
     def names(self, module: str) -> bool:
         """Whether a target names this module, other than by its class."""
@@ -89,12 +94,9 @@ class CompressedTensors(CheckpointFormat):
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> "CompressedTensors":
         """Raises Unsupported for formats that are not built, by name."""
-        layout = str(config.get("format"))
-        schemes = tuple(map(Scheme.read, (config.get("config_groups") or {}).values()))
-        if layout not in LAYOUTS:
-            raise Unsupported(
-                f"compressed-tensors format {layout!r} is not supported; {', '.join(LAYOUTS)} are"
-            )
+        groups = (config.get("config_groups") or {}).values()
+        layout = _layout(config.get("format"), groups)
+        schemes = tuple(map(Scheme.read, groups))
         sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
         if sparsity != "dense":
             raise Unsupported(
@@ -120,8 +122,8 @@ class CompressedTensors(CheckpointFormat):
         weight = required(module, parts, "weight")
         scale = required(module, parts, "weight_scale")
         if weight.dtype.is_floating_point:
-            quantize_inputs = self._scheme(module).quantize_inputs
-            return fp8.quantized(module, weight, scale, quantize_inputs=quantize_inputs)
+            scheme = self._scheme(module)
+            return fp8.quantized(module, weight, scale, scheme.block, scheme.quantize_inputs)
         if weight.dtype != torch.int8:
             raise Unsupported(f"{module}.weight is {weight.dtype}, where int8 is expected")
         scale = _scales(module, scale, weight.shape)
@@ -174,6 +176,31 @@ class CompressedTensors(CheckpointFormat):
         if not schemes:
             raise Unsupported(f"no config group of the quantization names {module}")
         return schemes[0]
+
+
+def _layout(layout: object, groups: Iterable[Mapping[str, Any]]) -> str:
+    """The format of the whole checkpoint, or, where that is mixed or missing, those of its groups.
+    Raises Unsupported."""
+    names = [str(layout)]
+    if layout in (None, MIXED):
+        names = sorted({str(group["format"]) for group in groups if group.get("format")}) or names
+    for name in names:
+        if name not in LAYOUTS:
+            raise Unsupported(
+                f"compressed-tensors format {name!r} is not supported; {', '.join(LAYOUTS)} are"
+            )
+    return ", ".join(names)
+
+
+def _block(weights: Mapping[str, Any]) -> tuple[int, int] | None:
+    """`block_structure`, two sizes, or "128x128" as first versions wrote it; None where there is
+    none, or scales are not for blocks. Raises Unsupported."""
+    block: Any = weights.get("block_structure")
+    if block is None or weights.get("strategy", "block") != "block":
+        return None
+    if isinstance(block, str):
+        block = [int(size) for size in block.split("x") if size.isdigit()]
+    return fp8.block_sizes("block_structure", block)
 
 
 def _scales(module: str, scale: Tensor, shape: torch.Size) -> Tensor:

@@ -38,15 +38,7 @@ class Fp8(CheckpointFormat):
         """Raises Unsupported for a block that is none."""
         dynamic = config.get("activation_scheme", "dynamic") == "dynamic"
         block = config.get("weight_block_size")
-        if block is None:
-            return cls(None, dynamic)
-        if (
-            not isinstance(block, list)
-            or len(block) != 2
-            or not all(type(size) is int and size > 0 for size in block)
-        ):
-            raise Unsupported(f"weight_block_size of the quantization is {block!r}, not two sizes")
-        return cls((block[0], block[1]), dynamic)
+        return cls(None if block is None else block_sizes("weight_block_size", block), dynamic)
 
     def title(self) -> str:
         """See CheckpointFormat."""
@@ -71,6 +63,16 @@ class Fp8(CheckpointFormat):
         """See CheckpointFormat."""
         rows, columns = shapes["weight"]
         return Extent(rows, columns, 0, is_float=True)
+
+
+def block_sizes(name: str, block: object) -> tuple[int, int]:
+    """Rows and columns of a block, from the field `name` of the configuration. Raises
+    Unsupported."""
+    match block:
+        case [int(rows), int(columns)] if min(rows, columns) > 0:
+            return rows, columns
+        case _:
+            raise Unsupported(f"{name} of the quantization is {block!r}, not two sizes")
 
 
 def quantized(
