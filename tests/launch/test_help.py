@@ -43,7 +43,7 @@ READERS = {
     "doctor": (*SERVICES[1:], "hub", "config.py", "commands/doctor.py", "commands/doctor_ranks.py"),
     "doctor (image)": ("commands/doctor_container.py", "commands/doctor_ranks.py", *RANKS),
     "frontend": ("frontend/service.py", "frontend/tls.py", "frontend/cors.py", "cli.py"),
-    "tokenizer": ("tokenizer", "hub", "process/node.py", "cli.py"),
+    "tokenizer": ("tokenizer", "hub", "process/node.py", "cli.py", "config.py"),
     "scheduler": ("scheduler", "process/node.py", "cli.py", "config.py"),
     "worker": ("worker", "hub", "grammar", "process/node.py", "launch", "cli.py", "config.py"),
 }
