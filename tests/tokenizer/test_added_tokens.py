@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from pagewire.checkpoint import json_files
+from pagewire.checkpoint.errors import Unsupported
 from pagewire.tokenizer.decode import Decoding
 from pagewire.tokenizer.encode import Encoder
-from pagewire.tokenizer.load import load
+from pagewire.tokenizer.load import NoTokenizer, load
 from pagewire_protocol.columns import pack, unpack
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -124,3 +126,22 @@ def test_a_token_without_an_id_is_no_more_than_the_model_has(plain: Path):
         or loaded.tokenizer.token_to_id("<|pad|>") is None
     )
     assert load(plain).names == {"pad_token": "<|pad|>", "cls_token": "<|cls|>"}
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"1": "<|im_start|>"}, "'<|im_start|>' for '1'"),
+        ({"1": {"special": True}}, "for '1'"),
+        ({"x": {"content": "<|im_start|>"}}, "for 'x'"),
+        ([{"content": "<|im_start|>"}], "no object"),
+    ],
+)
+def test_entries_of_another_form_are_named(entries, words, plain):
+    settings = {"added_tokens_decoder": entries}
+    write(plain, "tokenizer_config.json", settings)
+    with pytest.raises(NoTokenizer, match="added_tokens_decoder") as told:
+        load(plain)
+    assert words in str(told.value) and "\n" not in str(told.value)
+    with pytest.raises(Unsupported, match="added_tokens_decoder"):
+        json_files.added_tokens(settings)

@@ -61,9 +61,25 @@ def by_tools(with_tools: object, default: object) -> str:
 
 
 def added_tokens(settings: Config) -> dict[str, int]:
-    """The ids of the tokens that tokenizer_config.json adds to a vocabulary, by text."""
-    entries: Config = settings.get("added_tokens_decoder") or {}
-    return {entry["content"]: int(index) for index, entry in entries.items()}
+    """The ids of the tokens that tokenizer_config.json adds to a vocabulary, by text. Raises
+    Unsupported."""
+    return {entry["content"]: index for index, entry in added_entries(settings).items()}
+
+
+def added_entries(settings: Config) -> dict[int, Config]:
+    """These tokens as the file has them, each with its `content`; by id. Raises Unsupported."""
+    entries: Any = settings.get("added_tokens_decoder") or {}
+    if not isinstance(entries, dict):
+        raise Unsupported(
+            "added_tokens_decoder in tokenizer_config.json is no object of ids and tokens; correct it there"
+        )
+    for index, entry in entries.items():
+        if not index.isdecimal() or token_text(entry) is None or not isinstance(entry, dict):
+            raise Unsupported(
+                f"added_tokens_decoder in tokenizer_config.json has {entry!r:.80} for {index!r:.20}, "
+                "where an id and an object with `content` are expected; correct it there"
+            )
+    return {int(index): entry for index, entry in entries.items()}
 
 
 def token_text(value: object) -> str | None:

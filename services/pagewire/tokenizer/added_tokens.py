@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Struct
 from tokenizers import AddedToken, Tokenizer
 
-from ..checkpoint.json_files import Config, read_object, token_text
+from ..checkpoint.json_files import Config, added_entries, read_object, token_text
 
 FLAGS: Final = ("lstrip", "rstrip", "single_word", "normalized", "special")
 NAMED: Final = (
@@ -60,13 +60,12 @@ def named(settings: Config) -> dict[str, str]:
 def listed(path: Path, settings: Config) -> list[ListedToken]:
     """All tokens that the files of directory `path` name beside tokenizer.json, those with an id
     first. `settings`: of tokenizer_config.json and special_tokens_map.json. Raises Unsupported."""
-    entries: Config = settings.get("added_tokens_decoder") or {}
     tokens = {
         entry["content"]: ListedToken(
             AddedToken(entry["content"], **{flag: bool(entry.get(flag)) for flag in FLAGS}),
-            int(index),
+            index,
         )
-        for index, entry in entries.items()
+        for index, entry in added_entries(settings).items()
     }
     special = _special_texts(settings)
     for text, index in read_object(path / "added_tokens.json").items():
